@@ -1,0 +1,468 @@
+"""The types at the borders of the harness: what a method, a backbone, a dataset and a row look like.
+
+Nothing here computes. A method imports this module and `methods.components`, nothing else of ours; every other
+module of the harness may import it. torch is needed for annotations only, so a process that moves rows about
+does not pay for importing it.
+
+Letters in shapes: `B` batch, `N` images, `H W` pixels, `h w` patch grid, `P = h * w`, `D` feature width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+RowStatus = Literal["ok", "failed", "skipped", "stopped"]
+ScoreReduction = Literal["max", "mean_pool_16", "mean_pool_21"]
+Scope = Literal["category", "dataset"]
+BackboneUse = Literal["none", "frozen", "trained"]
+Inputs = Literal["features", "images"]
+
+
+class AdgridError(Exception):
+    """Bad input, told to the user in one message that names the file, the field and the remedy.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def derive_seed(*parts: str | int | None) -> int:
+    """Seed of a named draw: equal on every machine, changed by any part.
+
+    Args:
+        parts: what the draw may depend on, such as `"shots", dataset, category, shots, seed`.
+
+    Returns:
+        An integer in [0, 2**63), fit for `torch.Generator.manual_seed` and `numpy.random.default_rng`.
+    """
+    text = "\x1f".join(repr(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+# --- images and datasets ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleKey:
+    """What a method may know of an image: where it is, not whether it is defective."""
+
+    path: str
+    """Absolute path of the image."""
+    category: str
+    sample_id: str
+    """The physical object; several views share one. Unique within the category."""
+    view: str = ""
+    """Camera name in multi-view data, otherwise empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(SampleKey):
+    """One image of a dataset with its ground truth."""
+
+    split: Literal["train", "test"]
+    label: Literal[0, 1]
+    """0 normal, 1 anomalous."""
+    defect_type: str
+    """Name of the defect folder or class; `good` for normal images."""
+    mask_path: str | None = None
+    """Ground-truth mask; None on a normal image, or where the dataset has no masks."""
+
+    @property
+    def key(self) -> SampleKey:
+        """The same image without its ground truth."""
+        return SampleKey(path=self.path, category=self.category, sample_id=self.sample_id, view=self.view)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Category:
+    """All images of one category, in one fixed order (by path)."""
+
+    name: str
+    train: tuple[Sample, ...]
+    """Normal images for fitting."""
+    test: tuple[Sample, ...]
+    has_masks: bool
+    """False: pixel metrics are not available for this category."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutProblem:
+    """One complaint of a layout check."""
+
+    category: str
+    what: str
+    """What is wrong, with the path."""
+    remedy: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where data may live on this machine."""
+
+    data_root: str | None = None
+    """Folder with one subfolder per dataset (`--data-root`)."""
+    cache_dir: str
+    """Node-local cache for features, decoded images, hashes and generated data (`--cache-dir`)."""
+
+
+class Dataset(Protocol):
+    """One dataset in one on-disk layout. A plug-in file ends with `DATASET = ItsClass`."""
+
+    summary: ClassVar[str]
+    """One line for `adgrid datasets`."""
+    licence: ClassVar[str]
+    home_page: ClassVar[str]
+    citation: ClassVar[str]
+
+    name: str
+    root: str
+
+    def __init__(self, name: str, root: str | None, places: Places) -> None:
+        """Args: name as used in rows; root folder, or None for the default place of this dataset."""
+
+    def missing(self) -> str | None:
+        """Why the data is not here and how to get it, or None when it is. Reads no image."""
+
+    def prepare(self) -> None:
+        """Makes what can be made (generated data). Safe to call from several processes at once."""
+
+    def category_names(self) -> tuple[str, ...]:
+        """All categories, sorted."""
+
+    def category(self, name: str) -> Category:
+        """Lists one category. Raises AdgridError if its layout is broken."""
+
+    def check(self, categories: Sequence[str] | None = None) -> list[LayoutProblem]:
+        """Every complaint about the requested categories; empty when all is well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How a decoded RGB image becomes pixels of a fixed size. Masks follow with nearest neighbour."""
+
+    image_size: tuple[int, int] = (224, 224)
+    """(H, W) that the backbone sees."""
+    resize: int | None = None
+    """Length of the shorter side before a centre crop to `image_size`; None resizes straight to `image_size`."""
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationProtocol:
+    """Everything about an evaluation that is not the method. Rows of different protocols are never averaged.
+
+    `"backbone"` and `"method"` leave a value to the pretrained configuration or to the method's paper;
+    the row then records what it was.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    resize: int | None = None
+    interpolation: Literal["backbone", "bilinear", "bicubic", "nearest"] = "backbone"
+    mask_rule: Literal["nearest"] = "nearest"
+    """Masks: non-zero is defect, resized with nearest neighbour, non-zero again (PAPERS 5.3, pitfall 1)."""
+    cropped_anomaly: Literal["keep"] = "keep"
+    """An anomalous image whose mask the crop cut away stays anomalous at image level."""
+    smoothing: Literal["method"] | float = "method"
+    """Sigma in pixels of the Gaussian over the anomaly map at `image_size`; 0 for none."""
+    score_reduction: Literal["method"] | ScoreReduction = "method"
+    """How a map becomes an image score where the method gives none of its own."""
+    aupro_limit: float = 0.3
+    """False-positive rate up to which AUPRO integrates, in (0, 1]."""
+    selection: Literal["last", "test_best"] = "last"
+    """Which state of a trained method is scored; `test_best` picks on test data and says so in every matrix."""
+
+
+# --- batches ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Some images, as pixels or as features of a frozen backbone."""
+
+    samples: tuple[SampleKey, ...]
+    levels: tuple[Tensor, ...] | None = None
+    """Feature maps, one (B, D_l, h_l, w_l) float32 per level; None when the method asked for images."""
+    images: Tensor | None = None
+    """(B, 3, H, W) float32 RGB in [0, 1], not normalised; None when the method asked for features."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledBatch(Batch):
+    """A batch of auxiliary data with ground truth; the training images of a cell never come as this."""
+
+    labels: Tensor
+    """(B,) int64, 1 = anomalous."""
+    masks: Tensor
+    """(B, H, W) uint8, 1 = defect."""
+
+
+class Split(Protocol):
+    """Images in a fixed order. Iterating yields batches; `take` gives any rows, for shuffled training."""
+
+    samples: tuple[SampleKey, ...]
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches in order."""
+
+    def take(self, indices: Sequence[int]) -> Batch:
+        """The images at these positions as one batch."""
+
+
+class LabelledSplit(Split, Protocol):
+    """A split of auxiliary data whose batches carry labels and masks."""
+
+    def __iter__(self) -> Iterator[LabelledBatch]: ...
+
+    def take(self, indices: Sequence[int]) -> LabelledBatch: ...
+
+
+# --- methods ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a method says about a batch."""
+
+    anomaly_map: Tensor
+    """(B, h, w) float32, raw, any h and w; higher = more anomalous."""
+    image_score: Tensor | None = None
+    """(B,) float32, higher = more anomalous; None lets the harness reduce the smoothed map."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelChoice:
+    """Which levels of a backbone a method reads when the search space names no layers."""
+
+    strides: tuple[int, ...] = (4, 8, 16)
+    """Pyramid backbones: the last layer at each of these strides."""
+    taps: tuple[int, ...] = (0, 1, 2, 3)
+    """Plain ViTs: positions in the backbone's four canonical taps, shallow to deep; negative counts from the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What surrounds a method while it is fitted: shapes, device, named random draws, the backbone."""
+
+    level_shapes: tuple[tuple[int, int, int], ...]
+    """(D, h, w) per level after the representation; empty when the method uses no backbone."""
+    image_size: tuple[int, int]
+    categories: tuple[str, ...]
+    device: torch.device
+    seed_of: Callable[[str], int]
+    """Seed of a named draw; depends on dataset, categories, shots and seed, never on the configuration."""
+    encode: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    """(B, 3, H, W) images in [0, 1] to levels, through the frozen backbone and the representation."""
+    make_backbone: Callable[[], nn.Module] | None = None
+    """Builds a private copy of the backbone that may be trained: (B, 3, H, W) images in [0, 1] to levels."""
+
+    def generator(self, name: str) -> torch.Generator:
+        """A fresh CPU generator for the draw called `name`; the same name always gives the same numbers."""
+        import torch
+
+        return torch.Generator().manual_seed(self.seed_of(name))
+
+    @cached_property
+    def backbone(self) -> nn.Module:
+        """The private, trainable copy of the backbone. Raises AdgridError where the method declared no use of one."""
+        if self.make_backbone is None:
+            raise AdgridError("this method's backbone_use is not 'trained', so it has no backbone of its own")
+        return self.make_backbone()
+
+
+@runtime_checkable
+class Method(Protocol):
+    """An anomaly detector. A plug-in file holds `METHOD_VERSION`, `Config` and ends with `METHOD = ItsClass`.
+
+    `Config` is a frozen dataclass whose defaults are the paper's. `METHOD_VERSION` is raised when the numbers move.
+    """
+
+    summary: ClassVar[str]
+    """One line for `adgrid methods`, with the paper."""
+    scope: ClassVar[Scope]
+    """`category`: one fit per category. `dataset`: one fit for all, still one row per category."""
+    backbone_use: ClassVar[BackboneUse]
+    levels: ClassVar[LevelChoice]
+    smoothing: ClassVar[float]
+    """The paper's Gaussian sigma at 224 pixels; 0 for none."""
+    score_reduction: ClassVar[ScoreReduction]
+    Config: ClassVar[type]
+
+    @classmethod
+    def inputs(cls, config: Any) -> Inputs:
+        """Whether batches carry features or images; may depend on the configuration."""
+
+    def __init__(self, config: Any, context: Context) -> None: ...
+
+    def fit(self, train: Split) -> None:
+        """Fits to normal images. Sees no test image, label or statistic."""
+
+    def predict(self, batch: Batch) -> Prediction:
+        """Scores a batch; the result for an image does not depend on the others in the batch."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The fitted method as tensors alone."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores `state_dict()`; afterwards `predict` gives the same numbers."""
+
+
+class Trainable(Protocol):
+    """Something with gradients that `training.py` can run; knows nothing of predict."""
+
+    name: str
+    epochs: int
+    batch_size: int
+    """Images per step over all workers together."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer: ...
+
+    def begin_epoch(self, loader: Any, epoch: int) -> None: ...
+
+    def losses(self, batch: Batch) -> Iterator[Tensor]:
+        """One optimiser step is made after each yielded scalar."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+@runtime_checkable
+class GradientMethod(Method, Protocol):
+    """A method with stages that are trained before `fit`."""
+
+    def stages(self) -> list[Trainable]:
+        """The stages in the order they are trained; each its own content-addressed artifact."""
+
+
+class Representation(Protocol):
+    """A change of the frozen features between backbone and method, such as ADPretrain's projected residuals."""
+
+    name: str
+
+    def apply(self, levels: tuple[Tensor, ...], reference: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """Levels (B, D, h, w) to levels of the same grid; `reference` are (R, D) tokens of normal images."""
+
+    def stages(self) -> list[Trainable]: ...
+
+
+class Backbone(Protocol):
+    """A feature extractor with named layers."""
+
+    layers: tuple[str, ...]
+    level_shapes: tuple[tuple[int, int, int], ...]
+
+    def encode(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) float32 or uint8 RGB, in [0, 1] or [0, 255], to one (B, D, h, w) float32 map per layer."""
+
+
+# --- what is planned and what comes back -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What one trial asks of the cluster."""
+
+    cpu: float = 1.0
+    gpu: float = 0.0
+    memory_gib: float = 0.0
+    workers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetRef:
+    """A dataset as a search space names it."""
+
+    name: str
+    layout: str
+    root: str | None = None
+    """None: the default place of the layout under the data root."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """All categories of one (method, backbone, representation, dataset, shots, seed, params): the unit of scheduling."""
+
+    trial_id: str
+    method: str
+    params: Mapping[str, Any]
+    """The resolved configuration of the method, every field."""
+    backbone: str | None
+    """None for a method without backbone."""
+    layers: tuple[str, ...]
+    weights: str
+    """`auto`, a path, or `random` (stamped on every row)."""
+    representation: str
+    dataset: DatasetRef
+    categories: tuple[str, ...]
+    shots: int | None
+    """Training images per category, or None for all."""
+    seed: int
+    protocol: EvaluationProtocol
+    resources: Resources
+    cells: tuple[Cell, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One category of a trial: one row of results."""
+
+    category: str
+    prediction_id: str
+    """Hash of everything the scores depend on."""
+    cell_id: str
+    """Hash of the prediction id, the evaluation protocol, the metric version and the ground truth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultRow:
+    """The outcome of one cell, complete in itself: what was run, on what, with which numbers and at what cost."""
+
+    cell_id: str
+    prediction_id: str
+    trial_id: str
+    status: RowStatus
+    method: str
+    backbone: str | None
+    layers: tuple[str, ...]
+    representation: str
+    dataset: str
+    category: str
+    shots: int | None
+    seed: int
+    params: Mapping[str, Any]
+    protocol: Mapping[str, Any]
+    """The evaluation protocol as the search space says it."""
+    protocol_id: str
+    """Short hash of `protocol`; matrices keep different values apart."""
+    resolved_protocol: Mapping[str, Any] = field(default_factory=dict)
+    """The same with `method` and `backbone` replaced by their values."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Rates in [0, 1]; a metric that is not available has no key."""
+    metric_bounds: Mapping[str, float] = field(default_factory=dict)
+    """Largest possible numerical error of a metric, where one is known."""
+    costs: Mapping[str, float] = field(default_factory=dict)
+    """Seconds per stage (`fit_seconds`, ...), `images_per_second`, `peak_rss_mib`, `peak_gpu_mib`, counts."""
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    """Versions, commit, fingerprints, device, host, time."""
+    stamps: tuple[str, ...] = ()
+    """What a reader must be told beside the number, such as `random weights` or `rescored`."""
+    reason: str = ""
+    """Why a row is not ok: error class and message."""
+    traceback: str = ""
+
+    def pixel_metrics_available(self) -> bool:
+        """Whether the category has masks, so that pixel metrics exist."""
+        return any(name.startswith("pixel_") or name == "aupro" for name in self.metrics)
