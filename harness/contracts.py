@@ -393,7 +393,7 @@ class DatasetRef:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """All categories of one (method, backbone, representation, dataset, shots, seed, params): the unit of scheduling."""
+    """All categories of one (method, backbone, representation, dataset, shots, seed, params)."""
 
     trial_id: str
     method: str
@@ -402,6 +402,8 @@ class Trial:
     backbone: str | None
     """None for a method without backbone."""
     layers: tuple[str, ...]
+    also_layers: tuple[str, ...] = ()
+    """Layers that other trials of the run read from the same backbone: extracted in the same forward pass."""
     weights: str
     """`auto`, a path, or `random` (stamped on every row)."""
     representation: str
@@ -424,6 +426,28 @@ class Cell:
     """Hash of everything the scores depend on."""
     cell_id: str
     """Hash of the prediction id, the evaluation protocol, the metric version and the ground truth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a run is told that does not change its numbers: where things lie and how much room they may take."""
+
+    root: str
+    """Storage root, a path or URI shared by all nodes."""
+    places: Places
+    run_id: str
+    command: str
+    """The command that remakes the run, for provenance."""
+    invocation: str
+    """Unique to one start of the program; attempts at a cell are counted within it."""
+    cache_gib: float = 50.0
+    """Bound of the node-local feature cache."""
+    prediction_mib: float = 256.0
+    """Raw predictions of a cell above this size are not kept, and a changed metric fits such a cell again."""
+    save_fitted: bool = False
+    """Keep the fitted state of every method as an artifact under its prediction id."""
+    batch_size: int = 32
+    """Images per forward pass outside training."""
 
 
 @dataclass(frozen=True, kw_only=True)

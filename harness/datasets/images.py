@@ -1,0 +1,248 @@
+"""Pixels: reading images and masks of any common format, and bringing both to one fixed size.
+
+What happens to unusual files, the same for every dataset:
+
+- Grey images become three equal channels. 16 bit become 8 bit by dropping the low byte, as Pillow does for 16-bit
+  colour, so 0..65535 covers 0..255 in every image alike; nothing is stretched to the brightness of one image.
+- Transparency is dropped and the colour under it kept, as every published loader does. Palettes are looked up, CMYK is
+  converted, colour profiles are ignored. Of several frames or pages the first counts.
+- Images and masks are turned upright by their own EXIF orientation. A mask belongs to the upright image.
+- A mask pixel is a defect when it is drawn in any other colour than black: small class ids, 255, 16 bit and colours
+  alike. A palette counts by its colours, and a fully transparent pixel is not drawn. In lossy formats (JPEG, WebP)
+  compression leaves faint grey around every edge, so there a defect is 128 and more.
+
+Opening is restricted to the raster formats below, whatever the extension says; Pillow would otherwise hand some files
+to other programs.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from PIL import Image
+
+from harness.contracts import AdgridError, Preprocessing, Sample
+from harness.datasets.files import open_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+
+_LOSSY_FORMATS = frozenset({"JPEG", "MPO", "WEBP"})
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation to the turn that undoes it (EXIF 2.32, tag 0x0112)."""
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
+
+def read_image(path: str) -> Image.Image:
+    """Decodes an image to upright 8-bit RGB.
+
+    Raises:
+        AdgridError: the file is missing, empty, truncated, no image, or has pixels without a fixed range.
+    """
+    with _decoding(path, "image") as image:
+        image.load()
+        image = _turn_upright(image)
+        if image.mode == "RGB":
+            return image
+        if image.mode.startswith("I;16"):
+            return Image.fromarray(_drop_low_bits(image)).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise AdgridError(
+                f"cannot read image {path}: its pixels are 32-bit or signed numbers without a fixed range; "
+                "save it with 8 or 16 bits per channel"
+            )
+        if image.mode in ("P", "PA"):
+            image = image.convert("RGBA")  # Pillow warns when a palette with transparency goes to RGB in one step
+        return image.convert("RGB")
+
+
+def read_mask(path: str) -> NDArray[np.uint8]:
+    """Decodes a ground-truth mask.
+
+    Returns:
+        (H, W) uint8, 1 = defect, 0 = normal; upright.
+
+    Raises:
+        AdgridError: the file cannot be read, or is lossy and too dark to tell defects from compression noise.
+    """
+    with _decoding(path, "mask") as image:
+        lossy = image.format in _LOSSY_FORMATS or image.info.get("compression") == "jpeg"
+        image.load()
+        image = _turn_upright(image)
+        if image.mode in ("P", "PA"):
+            image = image.convert("RGBA")
+        elif image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+            image = image.convert("RGB")
+        pixels = np.asarray(image)
+        has_alpha = image.mode in ("LA", "RGBA")
+    visible = pixels[..., -1] > 0 if has_alpha else None
+    if pixels.ndim == 3:
+        pixels = pixels[..., :-1].max(axis=2) if has_alpha else pixels.max(axis=2)
+    if lossy:
+        peak = int(pixels.max())
+        if 0 < peak < 128:
+            raise AdgridError(
+                f"cannot read mask {path}: it is a lossy file whose brightest pixel is {peak}, so defects cannot be "
+                "told from compression noise; save masks as PNG, or as 0 and 255"
+            )
+        pixels = pixels >= 128
+    defect = pixels != 0
+    if visible is not None:
+        defect &= visible
+    return defect.astype(np.uint8)
+
+
+def read_size(path: str, kind: Literal["image", "mask"] = "image") -> tuple[int, int]:
+    """(H, W) of the upright image, from the file's header alone.
+
+    Raises:
+        AdgridError: the file is missing, empty or no image.
+    """
+    with _decoding(path, kind) as image:
+        width, height = image.size
+        # Pillow reports (and decodes) TIFF upright already.
+        turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
+def load_image(path: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Reads an image and brings it to `preprocessing.image_size`.
+
+    Returns:
+        (3, H, W) uint8 RGB, contiguous.
+
+    Raises:
+        AdgridError: the file cannot be read, or is smaller than the crop after resizing.
+    """
+    image = _resize_and_crop(read_image(path), preprocessing, _RESAMPLING[preprocessing.interpolation], path)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def load_mask(sample: Sample, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Reads the mask of an image and brings it to `preprocessing.image_size` exactly as the image is.
+
+    The resize takes the nearest pixel, so the mask keeps its size on average and stays binary; a crop may cut the
+    whole defect away and leave zeros.
+
+    Returns:
+        (H, W) uint8, 1 = defect; zeros for a normal image without a mask.
+
+    Raises:
+        AdgridError: an anomalous image has no mask, the mask cannot be read, or its size is not that of its image.
+    """
+    if sample.mask_path is None:
+        if sample.label == 1:
+            raise AdgridError(f"the anomalous image {sample.path} has no mask; pixel metrics need one")
+        return np.zeros(preprocessing.image_size, dtype=np.uint8)
+    mask = read_mask(sample.mask_path)
+    problem = compare_sizes(sample, mask.shape)
+    if problem is not None:
+        raise AdgridError(problem)
+    image = _resize_and_crop(Image.fromarray(mask), preprocessing, Image.Resampling.NEAREST, sample.mask_path)
+    return np.array(image)
+
+
+def compare_sizes(sample: Sample, mask_size: tuple[int, ...]) -> str | None:
+    """A complaint when the mask of a sample has another (H, W) than its upright image, otherwise None."""
+    height, width = read_size(sample.path)
+    if mask_size == (height, width):
+        return None
+    turned = " (turned by EXIF orientation?)" if mask_size == (width, height) else ""
+    return (
+        f"the mask {sample.mask_path} is {mask_size[1]} x {mask_size[0]} pixels but its image {sample.path} is "
+        f"{width} x {height}{turned}; a mask must have the size of its upright image"
+    )
+
+
+def _resize_and_crop(
+    image: Image.Image, preprocessing: Preprocessing, resampling: Image.Resampling, path: str
+) -> Image.Image:
+    """The geometry of torchvision's Resize and CenterCrop on a Pillow image, rounding included."""
+    height, width = preprocessing.image_size
+    if preprocessing.resize is None:
+        return image.resize((width, height), resampling)
+    shorter = preprocessing.resize
+    old_width, old_height = image.size
+    if old_width <= old_height:
+        new_width, new_height = shorter, int(shorter * old_height / old_width)
+    else:
+        new_width, new_height = int(shorter * old_width / old_height), shorter
+    if new_height < height or new_width < width:
+        raise AdgridError(
+            f"the crop image_size {height} x {width} (H x W) does not fit into {path} resized to {new_height} x "
+            f"{new_width}; raise protocol.resize (now {shorter}) or lower protocol.image_size"
+        )
+    image = image.resize((new_width, new_height), resampling)
+    left, top = round((new_width - width) / 2), round((new_height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+@contextmanager
+def _decoding(path: str, kind: Literal["image", "mask"]) -> Iterator[Image.Image]:
+    """Opens an image; whatever goes wrong inside becomes one AdgridError with the path and a remedy."""
+    try:
+        with open_file(path) as file, Image.open(file, formats=FORMATS) as image:
+            yield image
+    except (AdgridError, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise AdgridError(f"cannot read {kind} {path}: no such file; copy it again from its source") from error
+    except (
+        Exception
+    ) as error:  # Pillow raises nearly anything on a broken file: SyntaxError, struct.error, zlib.error ...
+        raise AdgridError(
+            f"cannot read {kind} {path}: {_explain(path, error)}; copy it again from its source, or remove it"
+        ) from error
+
+
+def _explain(path: str, error: Exception) -> str:
+    try:
+        with open_file(path) as file:
+            if not file.read(1):
+                return "the file has zero bytes"
+    except OSError as again:
+        return str(again)
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"its content is none of {', '.join(FORMATS)}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) to 8; 1 where there is none or the EXIF block is broken."""
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # a broken EXIF block next to good pixels is no reason to refuse the image
+        return 1
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Undoes the EXIF orientation. To be called after `load()`, which drops the tag where it has turned the image."""
+    turn = _UPRIGHT.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _drop_low_bits(image: Image.Image) -> NDArray[np.uint8]:
+    """(H, W) 16-bit pixels to 8 bit; TIFF also packs 12 bits, which Pillow leaves as 0..4095."""
+    bits = 16
+    if image.format == "TIFF":
+        bits = image.tag_v2.get(258, (16,))[0]  # type: ignore[attr-defined]  # BitsPerSample
+    return (np.asarray(image) >> (bits - 8)).astype(np.uint8)

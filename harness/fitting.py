@@ -1,0 +1,161 @@
+"""A method together with its data: builds it, trains and fits it, predicts test images, and measures the cost."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from harness.backbones import FrozenBackbone, level_shapes, trainable_backbone
+from harness.contracts import Cell, Context, RunSettings, Sample, Split, derive_seed
+from harness.features import FeatureStore, ImageSplit, feature_split
+from harness.identity import content_id
+from harness.measure import Meter
+from harness.resolve import CategoryData, ResolvedTrial
+from harness.store import Store, StoredPrediction
+from harness.training import train_stage
+
+Notify = Callable[[str, int, int], None]
+"""Progress inside a cell: (what is being done, done, in all)."""
+
+
+class FittedMethod:
+    """A method fitted to the training images of a group of cells, ready to predict their test images."""
+
+    def __init__(
+        self,
+        resolved: ResolvedTrial,
+        data: Mapping[str, CategoryData],
+        store: Store,
+        settings: RunSettings,
+        notify: Notify,
+    ) -> None:
+        """Builds the method, trains its stages if it has any, and fits it.
+
+        Args:
+            resolved: the trial.
+            data: the images of each category of the group.
+            store: where trained stages are kept.
+            settings: caches and sizes.
+            notify: told about progress.
+        """
+        trial = resolved.trial
+        self._resolved, self._data, self._store, self._settings, self._notify = resolved, data, store, settings, notify
+        self._device = torch.device("cuda" if trial.resources.gpu > 0 and torch.cuda.is_available() else "cpu")
+        self._encoder: FrozenBackbone | None = None
+        self._meter = Meter(self._device)
+        self._extracted = 0
+        seeded = (trial.dataset.name, *data, trial.shots, trial.seed)
+        backbone, size = resolved.backbone, resolved.preprocessing.image_size
+        context = Context(
+            level_shapes=() if backbone is None else level_shapes(backbone, trial.layers, size),
+            image_size=size,
+            categories=tuple(data),
+            device=self._device,
+            seed_of=lambda name: derive_seed(name, *seeded),
+            encode=None if backbone is None else self._encode,
+            make_backbone=self._trainable if resolved.method.backbone_use == "trained" else None,
+        )
+        train = self._split([sample for category in data.values() for sample in category.train], "train")
+        notify("fitting", 0, 1)
+        with self._meter.timed("fit_seconds"):
+            self._method = resolved.method(resolved.config, context)
+            if hasattr(self._method, "stages"):
+                self._train_stages(train, context.seed_of("epoch order"))
+            self._method.fit(train)
+        self._num_train = len(train)
+        if settings.save_fitted:
+            store.publish_state(self.artifact_id("fitted"), self._method.state_dict())
+
+    def artifact_id(self, name: str) -> str:
+        """Where the fitted method (`fitted`) or a trained stage is kept: by everything its numbers depend on."""
+        cells = [cell for cell in self._resolved.trial.cells if cell.category in self._data]
+        return content_id([name, [cell.prediction_id for cell in cells]])
+
+    def predict(self, cell: Cell) -> StoredPrediction:
+        """Raw predictions for the test images of one category, saved unless they are too large."""
+        meter = self._meter.copy()
+        with meter.timed("features_seconds"):
+            test = self._split(self._data[cell.category].test, "test")
+        maps: list[np.ndarray] = []
+        scores: list[np.ndarray] = []
+        done, batches = 0, iter(test)
+        while True:
+            with meter.timed("features_seconds"):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            with meter.timed("predict_seconds"), torch.inference_mode():
+                prediction = self._method.predict(batch)
+                maps.append(prediction.anomaly_map.float().cpu().numpy())
+                if prediction.image_score is not None:
+                    scores.append(prediction.image_score.float().cpu().numpy())
+            done += len(batch)
+            self._notify("predicting", done, len(test))
+        costs = meter.costs()
+        costs["images_per_second"] = round(done / max(costs["predict_seconds"] + costs["features_seconds"], 1e-9), 2)
+        costs |= {"train_images": self._num_train, "test_images": done, "extracted_images": self._extracted}
+        result = StoredPrediction(
+            paths=tuple(sample.path for sample in test.samples),
+            anomaly_maps=np.concatenate(maps),
+            image_scores=np.concatenate(scores) if scores else None,
+            facts={"costs": costs, "own_image_score": bool(scores), **self._machine()},
+        )
+        if result.anomaly_maps.nbytes <= self._settings.prediction_mib * 2**20:
+            self._store.publish_prediction(cell.prediction_id, result)
+        return result
+
+    def _split(self, samples: Sequence[Sample], split: str) -> Split:
+        """The images as this method wants them; features come from the store and are extracted once if missing."""
+        resolved, trial = self._resolved, self._resolved.trial
+        if resolved.method.inputs(resolved.config) == "images":
+            return ImageSplit(samples, resolved.preprocessing, batch_size=self._settings.batch_size)
+        hashes = {path: hash for category in self._data.values() for path, hash in category.hashes.items()}
+        with self._meter.timed("extract_seconds"):
+            features = feature_split(
+                samples,
+                hashes,
+                dataset=trial.dataset.name,
+                split=split,
+                resolved=resolved.backbone,
+                layers=trial.layers,
+                also_layers=trial.also_layers,
+                preprocessing=resolved.preprocessing,
+                store=FeatureStore(self._settings.places.cache_dir, int(self._settings.cache_gib * 2**30)),
+                encoder_factory=self._encoder_of,
+                batch_size=self._settings.batch_size,
+                on_progress=lambda done, total: self._notify(f"extracting {split} features", done, total),
+            )
+        self._extracted += features.num_extracted
+        return features
+
+    def _encoder_of(self, layers: tuple[str, ...]) -> FrozenBackbone:
+        assert self._resolved.backbone is not None
+        return FrozenBackbone(self._resolved.backbone, layers, self._device)
+
+    def _encode(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # Built when a method first encodes an image itself: most read stored features and never need it.
+        if self._encoder is None:
+            self._encoder = self._encoder_of(self._resolved.trial.layers)
+        return self._encoder.encode(images)
+
+    def _trainable(self) -> torch.nn.Module:
+        assert self._resolved.backbone is not None
+        return trainable_backbone(self._resolved.backbone, self._resolved.trial.layers, self._device)
+
+    def _train_stages(self, train: Split, seed: int) -> None:
+        """Trains the stages in order; one that was trained before on the same data is loaded instead."""
+        for stage in self._method.stages():
+            artifact = self.artifact_id(stage.name)
+            state = self._store.load_state(artifact)
+            if state is not None:
+                stage.load_state_dict(state)
+                continue
+            train_stage(stage, train, seed, lambda done, total, _, name=stage.name: self._notify(name, done, total))
+            self._store.publish_state(artifact, stage.state_dict())
+
+    def _machine(self) -> dict[str, str]:
+        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.machine()
+        return {"device": self._device.type, "device_name": name}

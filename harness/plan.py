@@ -1,0 +1,260 @@
+"""From a search space to trials and cells: what is done, what is missing, what it will take. Computes no feature."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+from harness.backbones import check_layers, choose_layers, resolve_backbone
+from harness.contracts import AdgridError, Dataset, DatasetRef, Places, ResultRow, Trial
+from harness.identity import content_id
+from harness.registry import check_params, load_dataset_class, load_method, suggest
+from harness.resolve import CategoryData, identify_cells, read_category, resolve_trial
+from harness.space import BackboneEntry, DatasetEntry, GridPoint, Space, grid_points
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Missing:
+    """Something a space names that is not on this machine."""
+
+    kind: str
+    """`dataset` or `weights`."""
+    name: str
+    reason: str
+    """Why, and how to get it."""
+    num_trials: int
+    """Trials that cannot run without it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run would do."""
+
+    space: Space
+    run_id: str
+    trials: tuple[Trial, ...]
+    missing: tuple[Missing, ...]
+
+    @property
+    def cell_ids(self) -> list[str]:
+        """Ids of all cells, in the order of the trials."""
+        return [cell.cell_id for trial in self.trials for cell in trial.cells]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a plan is, by the rows in a store."""
+
+    done: int
+    rescore: int
+    """Cells to do whose raw predictions are stored."""
+    failed: int
+    """Cells to do that failed before."""
+    todo: int
+    """Cells to do in all."""
+    estimated_seconds: float | None
+    """Seconds of work on one worker, from earlier rows of the same method and backbone; None without any."""
+
+
+def make_plan(space: Space, places: Places, random_weights: bool = False, notify: OnProgress = lambda *_: None) -> Plan:
+    """Lists trials and cells of a space with their ids; reads file lists and hashes files, computes nothing.
+
+    Args:
+        space: the checked search space.
+        places: where data lie and hashes are cached.
+        random_weights: use random weights for every backbone; rows are stamped.
+        notify: told about hashing progress.
+
+    Raises:
+        AdgridError: an unknown category or layer, a broken dataset layout, more shots than images.
+    """
+    points = grid_points(space)
+    if not points:
+        raise AdgridError(f"space {space.name!r}: `exclude` leaves nothing to run; remove a rule")
+    reader = _Reader(space, places, notify)
+    missing: dict[tuple[str, str], list[str]] = {}
+    trials = []
+    for point in points:
+        lacks = reader.lacks(point, random_weights)
+        for key, reason in lacks.items():
+            missing.setdefault(key, []).append(reason)
+        if not lacks:
+            trials.append(reader.trial(point, random_weights))
+    return Plan(
+        space=space,
+        run_id=f"{space.name}-{content_id([space.model_dump(mode='json'), random_weights], 8)}",
+        trials=tuple(_share_layers(_spread(trials))),
+        missing=tuple(
+            Missing(kind=kind, name=name, reason=reasons[0], num_trials=len(reasons))
+            for (kind, name), reasons in missing.items()
+        ),
+    )
+
+
+class _Reader:
+    """Looks at each dataset, category and backbone once, however many trials share it."""
+
+    def __init__(self, space: Space, places: Places, notify: OnProgress) -> None:
+        self._space, self._places, self._notify = space, places, notify
+        self._datasets: dict[str, Dataset | str] = {}
+        self._weights: dict[tuple[str, str], str | None] = {}
+        self._data: dict[tuple[str, str, int | None, int], CategoryData] = {}
+        named = space.categories or ()
+        self._unused = set(named)
+
+    def lacks(self, point: GridPoint, random_weights: bool) -> dict[tuple[str, str], str]:
+        """What is not here for this point: (kind, name) -> reason."""
+        lacks = {}
+        dataset = self._dataset(point.dataset)
+        if isinstance(dataset, str):
+            lacks["dataset", point.dataset.name] = dataset
+        if point.backbone is not None and not random_weights:
+            reason = self._weights_reason(point.backbone)
+            if reason:
+                lacks["weights", point.backbone.name] = reason
+        return lacks
+
+    def _dataset(self, entry: DatasetEntry) -> Dataset | str:
+        key = repr(entry)
+        if key not in self._datasets:
+            dataset = load_dataset_class(entry.layout_name)(entry.name, entry.root, self._places)
+            reason = dataset.missing()
+            if not reason:
+                dataset.prepare()
+            self._datasets[key] = reason or dataset
+        return self._datasets[key]
+
+    def _weights_reason(self, entry: BackboneEntry) -> str | None:
+        key = (entry.name, entry.weights)
+        if key not in self._weights:
+            # An unknown name is an error of the space; known but absent weights are listed as missing.
+            resolve_backbone(entry.name, "random", self._places.cache_dir)
+            try:
+                resolve_backbone(entry.name, entry.weights, self._places.cache_dir)
+                self._weights[key] = None
+            except AdgridError as error:
+                self._weights[key] = str(error)
+        return self._weights[key]
+
+    def trial(self, point: GridPoint, random_weights: bool) -> Trial:
+        """The trial of a point, with the ids of its cells."""
+        dataset = self._dataset(point.dataset)
+        assert not isinstance(dataset, str)
+        method = load_method(point.method.name)
+        layers: tuple[str, ...] = ()
+        weights = "auto"
+        if point.backbone is not None:
+            weights = "random" if random_weights else point.backbone.weights
+            backbone = resolve_backbone(point.backbone.name, weights, self._places.cache_dir)
+            named = point.method.layers or point.backbone.layers
+            layers = check_layers(backbone, named) if named else choose_layers(backbone, method.levels)
+        params = check_params(point.method.name, point.params, f"methods.{point.method.name}.params")
+        trial = Trial(
+            trial_id="",
+            method=point.method.name,
+            params=params,
+            backbone=point.backbone.name if point.backbone else None,
+            layers=layers,
+            weights=weights,
+            representation=point.representation,
+            dataset=DatasetRef(name=point.dataset.name, layout=point.dataset.layout_name, root=point.dataset.root),
+            categories=self._categories(point.dataset, dataset),
+            shots=point.shots,
+            seed=point.seed,
+            protocol=self._space.protocol.resolved(),
+            resources=self._space.resources.resolved(),
+        )
+        resolved = resolve_trial(trial, dataset, self._places.cache_dir)
+        data = {name: self._category(dataset, name, point) for name in trial.categories}
+        identity = [
+            getattr(trial, field)
+            for field in ("method", "params", "backbone", "layers", "representation", "shots", "seed", "protocol")
+        ]
+        return dataclasses.replace(
+            trial,
+            trial_id=content_id([*identity, resolved.weights_id, trial.dataset.name]),
+            cells=identify_cells(resolved, data),
+        )
+
+    def _categories(self, entry: DatasetEntry, dataset: Dataset) -> tuple[str, ...]:
+        known = dataset.category_names()
+        for name in entry.categories or ():
+            if name not in known:
+                raise AdgridError(f"datasets, {entry.name!r}: unknown category {name!r}{suggest(name, known)}")
+        chosen = tuple(name for name in known if name in (entry.categories or known))
+        if self._space.categories is None:
+            return chosen
+        kept = tuple(name for name in chosen if name in self._space.categories)
+        if not kept:
+            raise AdgridError(
+                f"categories {list(self._space.categories)} leave nothing of dataset {entry.name!r}, which has "
+                f"{', '.join(chosen)}; name one of them, or leave the dataset out"
+            )
+        return kept
+
+    def _category(self, dataset: Dataset, name: str, point: GridPoint) -> CategoryData:
+        key = (repr(point.dataset), name, point.shots, point.seed if point.shots is not None else 0)
+        if key not in self._data:
+            self._notify(f"hashing {dataset.name}/{name}", len(self._data), 0)
+            self._data[key] = read_category(dataset, name, point.shots, point.seed, self._places.cache_dir)
+        return self._data[key]
+
+
+def _spread(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials in an order in which those that share features do not start side by side."""
+    groups: dict[tuple[object, ...], list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault((trial.dataset, trial.backbone, trial.weights, trial.protocol), []).append(trial)
+    order: list[Trial] = []
+    for position in range(max(len(group) for group in groups.values())) if groups else ():
+        order += [group[position] for group in groups.values() if position < len(group)]
+    return order
+
+
+def _share_layers(trials: Sequence[Trial]) -> list[Trial]:
+    """Tells each trial which further layers of its backbone the run needs, so that one forward pass gives all."""
+    wanted: dict[tuple[str | None, str], dict[str, None]] = {}
+    for trial in trials:
+        wanted.setdefault((trial.backbone, trial.weights), {}).update(dict.fromkeys(trial.layers))
+    shared = []
+    for trial in trials:
+        also = tuple(layer for layer in wanted[trial.backbone, trial.weights] if layer not in trial.layers)
+        shared.append(dataclasses.replace(trial, also_layers=also))
+    return shared
+
+
+def measure_progress(plan: Plan, rows: Mapping[str, ResultRow], predictions: set[str]) -> Progress:
+    """Compares a plan with what a store holds.
+
+    Args:
+        plan: the plan.
+        rows: rows by cell id.
+        predictions: ids of stored raw predictions.
+    """
+    cells = [(trial, cell) for trial in plan.trials for cell in trial.cells]
+    open_cells = [(trial, cell) for trial, cell in cells if not _is_ok(rows.get(cell.cell_id))]
+    seconds = [_expected_seconds(trial, rows) for trial, cell in open_cells if cell.prediction_id not in predictions]
+    known = [value for value in seconds if value is not None]
+    return Progress(
+        done=len(cells) - len(open_cells),
+        rescore=sum(cell.prediction_id in predictions for _, cell in open_cells),
+        failed=sum(cell.cell_id in rows for _, cell in open_cells),
+        todo=len(open_cells),
+        estimated_seconds=statistics.fmean(known) * len(seconds) if known else None,
+    )
+
+
+def _is_ok(row: ResultRow | None) -> bool:
+    return row is not None and row.status == "ok"
+
+
+def _expected_seconds(trial: Trial, rows: Mapping[str, ResultRow]) -> float | None:
+    alike = [
+        sum(value for name, value in row.costs.items() if name.endswith("_seconds"))
+        for row in rows.values()
+        if _is_ok(row) and (row.method, row.backbone) == (trial.method, trial.backbone)
+    ]
+    return statistics.median(alike) if alike else None

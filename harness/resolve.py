@@ -1,0 +1,164 @@
+"""From names to things: what a trial needs, resolved on the machine that asks.
+
+The plan and the worker call the same functions. A worker whose images, masks or weights differ from those that were
+planned gets other ids, and its cell fails with that reason instead of giving a number for something else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from harness.backbones import ResolvedBackbone, resolve_backbone, weights_fingerprint
+from harness.contracts import (
+    AdgridError,
+    Cell,
+    Dataset,
+    DatasetRef,
+    EvaluationProtocol,
+    Places,
+    Preprocessing,
+    Sample,
+    Trial,
+)
+from harness.datasets.fingerprint import content_hashes, draw_shots
+from harness.identity import content_id, images_fingerprint, truth_fingerprint
+from harness.metrics import METRIC_VERSION
+from harness.registry import build_config, load_dataset_class, load_method, method_version
+
+FEATURES_VERSION = 1
+"""Raised when decoding, resizing or extraction moves the numbers; enters every prediction id."""
+PAPER_IMAGE_SIDE = 224
+"""Pixels at which the methods' smoothing sigmas are given."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CategoryData:
+    """The images that a cell reads, with the hashes of their contents."""
+
+    category: str
+    train: tuple[Sample, ...]
+    test: tuple[Sample, ...]
+    has_masks: bool
+    hashes: Mapping[str, str]
+    """Absolute path -> SHA-256 of the file, masks included."""
+    images_id: str
+    truth_id: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedTrial:
+    """A trial with its names replaced by what they stand for here."""
+
+    trial: Trial
+    dataset: Dataset
+    method: Any
+    config: Any
+    backbone: ResolvedBackbone | None
+    weights_id: str
+    preprocessing: Preprocessing
+    protocol: EvaluationProtocol
+    """With `method` and `backbone` replaced by their values."""
+
+
+def open_dataset(ref: DatasetRef, places: Places) -> Dataset:
+    """The dataset behind a reference, generated first if it can be. Raises AdgridError if it is not here."""
+    dataset: Dataset = load_dataset_class(ref.layout)(ref.name, ref.root, places)
+    reason = dataset.missing()
+    if reason:
+        raise AdgridError(f"dataset {ref.name!r}: {reason}")
+    dataset.prepare()
+    return dataset
+
+
+def read_category(dataset: Dataset, category: str, shots: int | None, seed: int, cache_dir: str) -> CategoryData:
+    """Lists a category, draws its shots and hashes every file that a cell would read."""
+    listing = dataset.category(category)
+    train = draw_shots(dataset.name, listing, shots, seed)
+    files = [sample.path for sample in (*train, *listing.test)]
+    files += [sample.mask_path for sample in listing.test if sample.mask_path]
+    hashes = content_hashes(files, cache_dir)
+    return CategoryData(
+        category=category,
+        train=train,
+        test=listing.test,
+        has_masks=listing.has_masks,
+        hashes=hashes,
+        images_id=images_fingerprint((*train, *listing.test), hashes),
+        truth_id=truth_fingerprint(listing.test, hashes, listing.has_masks),
+    )
+
+
+def resolve_trial(trial: Trial, dataset: Dataset, cache_dir: str) -> ResolvedTrial:
+    """Method class, configuration, backbone, preprocessing and protocol of a trial."""
+    method = load_method(trial.method)
+    backbone = None if trial.backbone is None else resolve_backbone(trial.backbone, trial.weights, cache_dir)
+    return ResolvedTrial(
+        trial=trial,
+        dataset=dataset,
+        method=method,
+        config=build_config(method, trial.params),
+        backbone=backbone,
+        weights_id="" if backbone is None else weights_fingerprint(backbone),
+        preprocessing=resolve_preprocessing(trial.protocol, backbone),
+        protocol=resolve_protocol(trial.protocol, method, backbone),
+    )
+
+
+def resolve_preprocessing(protocol: EvaluationProtocol, backbone: ResolvedBackbone | None) -> Preprocessing:
+    """Size, crop and interpolation; bilinear where neither the protocol nor a backbone says otherwise."""
+    interpolation: Any = protocol.interpolation
+    if interpolation == "backbone":
+        interpolation = "bilinear" if backbone is None else backbone.interpolation
+    return Preprocessing(image_size=tuple(protocol.image_size), resize=protocol.resize, interpolation=interpolation)
+
+
+def resolve_protocol(
+    protocol: EvaluationProtocol, method: Any, backbone: ResolvedBackbone | None
+) -> EvaluationProtocol:
+    """Replaces `method` and `backbone` by values; a paper's sigma at 224 pixels keeps its ratio to the image."""
+    smoothing, reduction = protocol.smoothing, protocol.score_reduction
+    if smoothing == "method":
+        smoothing = method.smoothing * min(protocol.image_size) / PAPER_IMAGE_SIDE
+    if reduction == "method":
+        reduction = method.score_reduction
+    interpolation = resolve_preprocessing(protocol, backbone).interpolation
+    return dataclasses.replace(
+        protocol, smoothing=float(smoothing), score_reduction=reduction, interpolation=interpolation
+    )
+
+
+def identify_cells(resolved: ResolvedTrial, data: Mapping[str, CategoryData]) -> tuple[Cell, ...]:
+    """The ids of a trial's cells.
+
+    Args:
+        resolved: the trial.
+        data: category -> its images; a dataset-wide method needs all categories of the trial.
+    """
+    trial = resolved.trial
+    facts = {
+        "method": trial.method,
+        "method_version": method_version(trial.method),
+        "params": trial.params,
+        "backbone": trial.backbone,
+        "weights": resolved.weights_id,
+        "layers": trial.layers,
+        "representation": trial.representation,
+        "preprocessing": resolved.preprocessing,
+        "features_version": FEATURES_VERSION,
+        "dataset": trial.dataset.name,
+        "shots": trial.shots,
+        "seed": trial.seed,
+    }
+    whole = resolved.method.scope == "dataset"
+    everything = [data[category].images_id for category in trial.categories] if whole else []
+    protocol = dataclasses.asdict(resolved.protocol)
+    own_score = trial.protocol.score_reduction == "method"
+    cells = []
+    for category in trial.categories if whole else [name for name in trial.categories if name in data]:
+        images = everything if whole else data[category].images_id
+        prediction_id = content_id([facts, category, images])
+        cell_id = content_id([prediction_id, protocol, own_score, METRIC_VERSION, data[category].truth_id])
+        cells.append(Cell(category=category, prediction_id=prediction_id, cell_id=cell_id))
+    return tuple(cells)

@@ -1,0 +1,136 @@
+"""Result rows: what every row says about how its number came about."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import functools
+import platform
+import socket
+import subprocess
+import traceback
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from harness.contracts import Cell, EvaluationProtocol, ResultRow, RowStatus, RunSettings, Trial
+from harness.evaluate import Evaluation
+from harness.identity import protocol_id
+from harness.metrics import METRIC_VERSION
+from harness.registry import method_version
+from harness.resolve import CategoryData, ResolvedTrial
+
+PACKAGES = ("torch", "timm", "ray", "numpy", "scikit-learn", "pillow", "pyarrow")
+
+
+def finished_row(
+    resolved: ResolvedTrial,
+    cell: Cell,
+    data: CategoryData,
+    evaluation: Evaluation,
+    facts: Mapping[str, Any],
+    costs: Mapping[str, float],
+    rescored: bool,
+    settings: RunSettings,
+) -> ResultRow:
+    """The row of a cell that was scored; `facts` are those of its prediction, `costs` all that were measured."""
+    stamps = []
+    if resolved.trial.weights == "random":
+        stamps.append("random weights")
+    if rescored:
+        stamps.append("rescored")
+    if resolved.protocol.selection == "test_best":
+        stamps.append("state picked on test data")
+    protocol = dataclasses.asdict(resolved.protocol)
+    if facts.get("own_image_score") and resolved.trial.protocol.score_reduction == "method":
+        protocol["score_reduction"] = "the method's own"
+    row = _row(resolved.trial, cell, "ok", settings)
+    return dataclasses.replace(
+        row,
+        resolved_protocol=protocol,
+        metrics=evaluation.metrics,
+        metric_bounds=evaluation.bounds,
+        costs=costs,
+        stamps=tuple(stamps),
+        provenance={
+            **row.provenance,
+            **{key: str(facts[key]) for key in ("device", "device_name") if facts.get(key)},
+            "method_version": str(method_version(resolved.trial.method)),
+            "metric_version": str(METRIC_VERSION),
+            "weights_fingerprint": resolved.weights_id,
+            "images_fingerprint": data.images_id,
+            "truth_fingerprint": data.truth_id,
+        },
+    )
+
+
+def unfinished_row(
+    trial: Trial, cell: Cell, status: RowStatus, error: BaseException | str, settings: RunSettings
+) -> ResultRow:
+    """A row with a reason instead of a number."""
+    row = _row(trial, cell, status, settings)
+    if isinstance(error, str):
+        return dataclasses.replace(row, reason=error)
+    text = "".join(traceback.format_exception(error))
+    return dataclasses.replace(row, reason=f"{type(error).__name__}: {error}", traceback=text)
+
+
+def _row(trial: Trial, cell: Cell, status: RowStatus, settings: RunSettings) -> ResultRow:
+    return ResultRow(
+        cell_id=cell.cell_id,
+        prediction_id=cell.prediction_id,
+        trial_id=trial.trial_id,
+        status=status,
+        method=trial.method,
+        backbone=trial.backbone,
+        layers=trial.layers,
+        representation=trial.representation,
+        dataset=trial.dataset.name,
+        category=cell.category,
+        shots=trial.shots,
+        seed=trial.seed,
+        params=dict(trial.params),
+        protocol=_plain(trial.protocol),
+        protocol_id=protocol_id(trial.protocol),
+        provenance={
+            **_software(),
+            "command": settings.command,
+            "run_id": settings.run_id,
+            "host": socket.gethostname(),
+            "finished_at": dt.datetime.now(dt.UTC).isoformat(timespec="microseconds"),
+        },
+    )
+
+
+def _plain(protocol: EvaluationProtocol) -> dict[str, Any]:
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(protocol).items()
+    }
+
+
+@functools.cache
+def _software() -> dict[str, str]:
+    versions = {}
+    for package in ("adgrid", *PACKAGES):
+        try:
+            versions[f"{package}_version"] = version(package)
+        except PackageNotFoundError:
+            versions[f"{package}_version"] = "not installed"
+    return {**versions, "python_version": platform.python_version(), "git_commit": _git_commit()}
+
+
+def _git_commit() -> str:
+    """Commit of the checkout the code runs from, with `+changes` if it is not clean; empty for an installed wheel."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        # A wheel installed inside somebody else's checkout must not take that checkout's commit for its own.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""

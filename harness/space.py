@@ -1,0 +1,486 @@
+"""A search space: one YAML file, checked whole before anything runs.
+
+Every axis is a list. Names may stand alone (`- padim`) or open a mapping (`- {name: patchcore, params: {...}}`).
+Whatever is wrong is one `AdgridError` with the file, the line, the field, what is known and what to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from harness.contracts import AdgridError, EvaluationProtocol, Resources, ScoreReduction
+from harness.registry import check_params, dataset_layouts, method_names, suggest
+
+Layer = str | int
+Name = Annotated[str, Field(min_length=1)]
+REPRESENTATIONS = ("plain",)
+"""Changes of the features between backbone and method that a space may name."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+def _name_alone(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+class MethodEntry(_Strict):
+    """A method with its parameters; a list as a parameter's value is a grid axis."""
+
+    name: Name
+    params: dict[str, Any] = {}
+    layers: tuple[Layer, ...] | None = None
+    """Layers that this method reads, for every backbone; None leaves it to the backbone entry, then the paper."""
+
+
+class BackboneEntry(_Strict):
+    """A backbone: a named one, or any model of timm."""
+
+    name: Name
+    layers: tuple[Layer, ...] | None = None
+    weights: str = "auto"
+    """`auto` (installed package, then the hub's cache), or a file or folder."""
+
+
+class DatasetEntry(_Strict):
+    """A dataset: its name in rows, the layout on disk (default: the layout called like it) and where it lies."""
+
+    name: Name
+    layout: str | None = None
+    root: str | None = None
+    categories: tuple[Name, ...] | None = None
+    shots: tuple[int | None, ...] | None = None
+    """Overrides the space's `shots` for this dataset."""
+
+    @field_validator("shots", mode="before")
+    @classmethod
+    def _shots(cls, value: Any) -> Any:
+        return None if value is None else _as_list(value)
+
+    @property
+    def layout_name(self) -> str:
+        return self.layout or self.name
+
+
+class ProtocolEntry(_Strict):
+    """The evaluation protocol; see `harness.contracts.EvaluationProtocol` for what each field means."""
+
+    image_size: tuple[int, int] = (224, 224)
+    resize: int | None = None
+    interpolation: Literal["backbone", "bilinear", "bicubic", "nearest"] = "backbone"
+    mask_rule: Literal["nearest"] = "nearest"
+    cropped_anomaly: Literal["keep"] = "keep"
+    smoothing: Literal["method"] | Annotated[float, Field(ge=0)] = "method"
+    score_reduction: Literal["method"] | ScoreReduction = "method"
+    aupro_limit: Annotated[float, Field(gt=0, le=1)] = 0.3
+    selection: Literal["last"] = "last"
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+    @field_validator("image_size")
+    @classmethod
+    def _at_least_one_patch(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if min(value) < 16:
+            raise ValueError(f"must be at least 16 pixels a side, got {value[0]} x {value[1]}")
+        return value
+
+    def resolved(self) -> EvaluationProtocol:
+        """The same as the dataclass that trials carry."""
+        if self.resize is not None and self.resize < max(self.image_size):
+            raise ValueError(
+                f"resize {self.resize} is smaller than image_size {self.image_size}; crops need resize >= it"
+            )
+        return EvaluationProtocol(**self.model_dump())
+
+
+class ResourcesEntry(_Strict):
+    """What one trial asks of the cluster."""
+
+    cpu: Annotated[float, Field(ge=0)] = 1.0
+    gpu: Annotated[float, Field(ge=0)] = 0.0
+    memory_gib: Annotated[float, Field(ge=0)] = 0.0
+    workers: Literal[1] = 1
+
+    def resolved(self) -> Resources:
+        """The same as the dataclass that trials carry."""
+        if self.cpu == 0 and self.gpu == 0:
+            raise ValueError("a trial needs cpu or gpu; set resources.cpu to 1")
+        return Resources(**self.model_dump())
+
+
+Methods = Annotated[tuple[Annotated[MethodEntry, BeforeValidator(_name_alone)], ...], BeforeValidator(_as_list)]
+Backbones = Annotated[tuple[Annotated[BackboneEntry, BeforeValidator(_name_alone)], ...], BeforeValidator(_as_list)]
+Datasets = Annotated[tuple[Annotated[DatasetEntry, BeforeValidator(_name_alone)], ...], BeforeValidator(_as_list)]
+Shots = Annotated[tuple[Annotated[int, Field(ge=1)] | None, ...], Field(min_length=1), BeforeValidator(_as_list)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_as_list)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(_as_list)]
+
+
+class Grid(_Strict):
+    """A smaller grid that `include` adds; an axis left out is the space's own."""
+
+    methods: Methods | None = None
+    backbones: Backbones | None = None
+    datasets: Datasets | None = None
+    representations: Names | None = None
+    shots: Shots | None = None
+    seeds: Seeds | None = None
+
+
+class Space(_Strict):
+    """A search space, checked."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    description: str = ""
+    methods: Annotated[Methods, Field(min_length=1)]
+    backbones: Backbones = ()
+    datasets: Annotated[Datasets, Field(min_length=1)]
+    representations: Names = ("plain",)
+    shots: Shots = (None,)
+    seeds: Seeds = (0,)
+    categories: Names | None = None
+    """Keep only these categories, in whichever dataset they occur."""
+    include: tuple[Grid, ...] = ()
+    exclude: tuple[dict[str, Any], ...] = ()
+    """Grid points to leave out: each mapping of axis to value (or list of values) removes what matches all of it."""
+    protocol: ProtocolEntry = ProtocolEntry()
+    resources: ResourcesEntry = ResourcesEntry()
+
+
+EXCLUDE_AXES = ("method", "backbone", "dataset", "representation", "shots", "seed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridPoint:
+    """One combination of the axes, before anything on disk was looked at."""
+
+    method: MethodEntry
+    params: Mapping[str, Any]
+    """Single values, the grid of `MethodEntry.params` expanded; only the fields that the space names."""
+    backbone: BackboneEntry | None
+    dataset: DatasetEntry
+    representation: str
+    shots: int | None
+    seed: int
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+
+def load_space(path: str | Path, overrides: Sequence[str] = ()) -> Space:
+    """Reads and checks a search space.
+
+    Args:
+        path: the YAML file.
+        overrides: `axis=value` texts; see `apply_override`.
+
+    Raises:
+        AdgridError: the file cannot be read, or something in it is wrong.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdgridError(
+            f"{path}: cannot be read ({error}); name a search space such as search_spaces/quickstart.yaml"
+        ) from error
+    return parse_space(text, str(path), overrides)
+
+
+def parse_space(text: str, source: str = "<space>", overrides: Sequence[str] = ()) -> Space:
+    """Checks the text of a search space; `source` names it in errors."""
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise AdgridError(
+            f"{source}: not valid YAML: {' '.join(str(error).split())}; check indentation and brackets"
+        ) from error
+    if not isinstance(data, dict):
+        raise AdgridError(
+            f"{source}: a search space is a mapping with `name`, `methods`, `datasets`; got {type(data).__name__}"
+        )
+    places = _Places(source, tree)
+    for override in overrides:
+        data = apply_override(data, override)
+        places.overridden(override)
+    try:
+        space = Space.model_validate(data)
+        space.protocol.resolved()
+        space.resources.resolved()
+    except ValidationError as error:
+        raise AdgridError(_explain(error, places)) from None
+    except ValueError as error:
+        raise AdgridError(f"{source}: {error}") from None
+    _check_names(space, places)
+    return space
+
+
+def apply_override(data: dict[str, Any], override: str) -> dict[str, Any]:
+    """`--set axis=value`: narrows a named axis to the entries called so (keeping their settings), or sets any field.
+
+    The value is YAML; commas make a list: `methods=padim,patchcore`, `seeds=0,1`, `protocol.aupro_limit=0.05`,
+    `methods.patchcore.params.coreset_ratio=0.01`.
+    """
+    field, sign, text = override.partition("=")
+    if not sign or not field:
+        raise AdgridError(f"--set {override}: write axis=value, such as methods=padim or protocol.aupro_limit=0.05")
+    try:
+        value = yaml.safe_load(f"[{text}]" if "," in text and not text.lstrip().startswith(("[", "{")) else text)
+    except yaml.YAMLError as error:
+        raise AdgridError(f"--set {override}: the value is not valid YAML ({' '.join(str(error).split())})") from error
+    keys = field.split(".")
+    if len(keys) == 1 and field in ("methods", "backbones", "datasets"):
+        entries = {_entry_name(entry): entry for entry in _as_list(data.get(field, []))}
+        chosen = value if isinstance(value, list) else [value]
+        return {**data, field: [entries.get(item, item) if isinstance(item, str) else item for item in chosen]}
+    return _set_in(data, keys, value, override)
+
+
+def _entry_name(entry: Any) -> Any:
+    return entry.get("name") if isinstance(entry, dict) else entry
+
+
+def _set_in(node: Any, keys: list[str], value: Any, override: str) -> Any:
+    if not keys:
+        return value
+    head, *rest = keys
+    if isinstance(node, list):
+        if head not in [_entry_name(entry) for entry in node]:
+            known = [str(_entry_name(entry)) for entry in node]
+            raise AdgridError(f"--set {override}: no entry {head!r} there{suggest(head, known)}")
+        return [
+            _set_in(_name_alone(entry), rest, value, override) if _entry_name(entry) == head else entry
+            for entry in node
+        ]
+    if node is not None and not isinstance(node, dict):
+        raise AdgridError(f"--set {override}: {head!r} lies below a single value; set the field above it")
+    node = node or {}
+    return {**node, head: _set_in(node.get(head), rest, value, override)}
+
+
+# --- errors that name their place ------------------------------------------------------------------------------
+
+
+class _Places:
+    """Finds the line of a field in the YAML text."""
+
+    def __init__(self, source: str, tree: yaml.Node | None) -> None:
+        self._source = source
+        self._tree = tree
+        self._overrides: dict[str, str] = {}
+
+    def overridden(self, override: str) -> None:
+        self._overrides[override.split("=", 1)[0].split(".", 1)[0]] = override
+
+    def __call__(self, *loc: str | int) -> str:
+        """`file.yaml, line 7, methods[1].params`."""
+        field = ""
+        for part in loc:
+            field += f"[{part}]" if isinstance(part, int) else f".{part}" if field else part
+        if loc and str(loc[0]) in self._overrides:
+            return f"--set {self._overrides[str(loc[0])]}, {field}"
+        node, line = self._tree, None
+        for part in loc:
+            node, line = self._step(node, part, line)
+        return f"{self._source}, line {line}, {field}" if line else f"{self._source}, {field}"
+
+    @staticmethod
+    def _step(node: yaml.Node | None, part: str | int, line: int | None) -> tuple[yaml.Node | None, int | None]:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == str(part):
+                    return value, key.start_mark.line + 1
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            return node.value[part], node.value[part].start_mark.line + 1
+        return None, line
+
+
+def _explain(error: ValidationError, places: _Places) -> str:
+    lines = []
+    for problem in error.errors():
+        # pydantic names the branch of a union inside the place; those are no fields of ours.
+        loc = tuple(
+            p for p in problem["loc"] if isinstance(p, int) or ("[" not in p and "-" not in p and p not in _BRANCHES)
+        )
+        if problem["type"] == "extra_forbidden":
+            key = str(loc[-1])
+            text = f"unknown key {key!r}{suggest(key, _fields_at(loc[:-1]))}"
+        elif problem["type"] == "missing":
+            text = f"the key {str(loc[-1])!r} is missing; add it"
+            loc = loc[:-1] or loc
+        else:
+            text = f"{problem['msg']}, got {problem['input']!r}"
+        line = f"{places(*loc)}: {text}"
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+_BRANCHES = frozenset({"float", "int", "str", "none", "BackboneEntry", "MethodEntry"})
+_MODELS: dict[str, type[BaseModel]] = {
+    "methods": MethodEntry,
+    "backbones": BackboneEntry,
+    "datasets": DatasetEntry,
+    "protocol": ProtocolEntry,
+    "resources": ResourcesEntry,
+    "include": Grid,
+}
+
+
+def _fields_at(loc: tuple[str | int, ...]) -> tuple[str, ...]:
+    names = [part for part in loc if isinstance(part, str) and part in _MODELS]
+    return tuple((_MODELS[names[-1]] if names else Space).model_fields)
+
+
+# --- names -----------------------------------------------------------------------------------------------------
+
+
+def _check_names(space: Space, places: _Places) -> None:
+    """Methods, parameters, layouts, representations and the axes of `exclude` are known before anything is planned."""
+    for axis, known in (("methods", method_names()), ("datasets", dataset_layouts())):
+        for loc, entry in _entries(space, axis):
+            name = entry.name if axis == "methods" else entry.layout_name
+            if name not in known:
+                what = "method" if axis == "methods" else "dataset layout"
+                remedy = (
+                    "" if axis == "methods" else "; data in MVTec AD's folder layout are read with `layout: folder`"
+                )
+                raise AdgridError(f"{places(*loc)}: unknown {what} {name!r}{suggest(name, known)}{remedy}")
+    for loc, entry in _entries(space, "methods"):
+        for point in expand_params(entry, places(*loc, "params")):
+            check_params(entry.name, point, places(*loc, "params"))
+    for loc, names in _name_lists(space):
+        for name in names:
+            if name not in REPRESENTATIONS:
+                raise AdgridError(f"{places(*loc)}: unknown representation {name!r}{suggest(name, REPRESENTATIONS)}")
+    for axis in ("methods", "backbones", "datasets"):
+        for double in _doubles([entry.name for entry in getattr(space, axis)] if axis != "methods" else []):
+            raise AdgridError(f"{places(axis)}: {double!r} stands there twice; give each entry its own name")
+    for index, rule in enumerate(space.exclude):
+        for axis in rule:
+            if axis not in EXCLUDE_AXES and not axis.startswith("params."):
+                known_axes = (*EXCLUDE_AXES, "params.<field>")
+                raise AdgridError(f"{places('exclude', index, axis)}: unknown axis {axis!r}{suggest(axis, known_axes)}")
+
+
+def _entries(space: Space, axis: str) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    for index, entry in enumerate(getattr(space, axis)):
+        yield (axis, index), entry
+    for number, grid in enumerate(space.include):
+        for index, entry in enumerate(getattr(grid, axis) or ()):
+            yield ("include", number, axis, index), entry
+
+
+def _name_lists(space: Space) -> Iterator[tuple[tuple[str | int, ...], tuple[str, ...]]]:
+    yield ("representations",), space.representations
+    for number, grid in enumerate(space.include):
+        yield ("include", number, "representations"), grid.representations or ()
+
+
+def _doubles(names: Sequence[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+# --- the grid --------------------------------------------------------------------------------------------------
+
+
+def expand_params(entry: MethodEntry, where: str) -> list[dict[str, Any]]:
+    """The grid over an entry's parameters: a list is an axis, unless the field itself holds a list."""
+    from harness.registry import load_method, method_fields
+
+    fields = method_fields(load_method(entry.name))
+    axes = []
+    for key, value in entry.params.items():
+        if isinstance(value, dict):
+            raise AdgridError(f"{where}.{key}: a parameter is a value or a list of values, got the mapping {value!r}")
+        is_axis = isinstance(value, list) and not (key in fields and _accepts(fields[key], value))
+        if is_axis and not value:
+            raise AdgridError(f"{where}.{key}: an empty list leaves nothing to run; name at least one value")
+        axes.append([(key, item) for item in (value if is_axis else [value])])
+    return [dict(point) for point in itertools.product(*axes)]
+
+
+def _accepts(annotation: Any, value: Any) -> bool:
+    try:
+        TypeAdapter(annotation).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def grid_points(space: Space) -> list[GridPoint]:
+    """Every combination of the axes and of the included grids, less the excluded ones, each once, in file order."""
+    whole = Grid(
+        methods=space.methods,
+        backbones=space.backbones,
+        datasets=space.datasets,
+        representations=space.representations,
+        shots=space.shots,
+        seeds=space.seeds,
+    )
+    points: dict[str, GridPoint] = {}
+    for grid in (whole, *space.include):
+        for point in _points_of(grid, whole):
+            if not any(_matches(rule, point) for rule in space.exclude):
+                points.setdefault(repr(point), point)
+    return list(points.values())
+
+
+def _points_of(grid: Grid, whole: Grid) -> Iterator[GridPoint]:
+    from harness.registry import load_method
+
+    def axis(name: str) -> Any:
+        own = getattr(grid, name)
+        return getattr(whole, name) if own is None else own
+
+    for dataset in axis("datasets"):
+        shots_axis = grid.shots or dataset.shots or axis("shots")
+        for method in axis("methods"):
+            needs_backbone = load_method(method.name).backbone_use != "none"
+            if needs_backbone and not axis("backbones"):
+                raise AdgridError(
+                    f"method {method.name!r} needs a backbone and the space names none; add `backbones: [...]`"
+                )
+            # Without backbone there is nothing to vary: the axis collapses to one cell.
+            backbones = axis("backbones") if needs_backbone else (None,)
+            representations = axis("representations") if needs_backbone else ("plain",)
+            for params, representation, backbone, shots, seed in itertools.product(
+                expand_params(method, "methods"), representations, backbones, shots_axis, axis("seeds")
+            ):
+                yield GridPoint(
+                    method=method,
+                    params=params,
+                    backbone=backbone,
+                    dataset=dataset,
+                    representation=representation,
+                    shots=shots,
+                    seed=seed,
+                )
+
+
+def _matches(rule: Mapping[str, Any], point: GridPoint) -> bool:
+    values: dict[str, Any] = {
+        "method": point.method.name,
+        "backbone": point.backbone.name if point.backbone else None,
+        "dataset": point.dataset.name,
+        "representation": point.representation,
+        "shots": point.shots,
+        "seed": point.seed,
+        **{f"params.{key}": value for key, value in point.params.items()},
+    }
+    return all(values.get(axis) in _as_list(wanted) for axis, wanted in rule.items())

@@ -1,0 +1,287 @@
+"""The one door to storage: rows, predictions, artifacts, run folders.
+
+A store is a folder or a URI that `pyarrow.fs` opens. Everything in it is content-addressed or replaced as a whole, so
+publishing twice is harmless and a reader never sees half a file.
+
+    rows/new/<cell_id>.<status>.parquet      one row each, the moment it exists
+    rows/segments/<hash>.parquet             many rows folded together by the driver
+    predictions/<prediction_id>.arrow        raw anomaly maps and image scores
+    scores/<cell_id>.parquet                 per image: label, defect type, final image score
+    artifacts/<id>.safetensors               trained stages and fitted methods, tensors only
+    attempts/<run>/<cell_id>.<n>             a cell was started for the n-th time (finds cells that kill workers)
+    runs/<run_id>/...                        the space, its plan and its reports
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from harness.contracts import AdgridError, ResultRow
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_JSON_FIELDS = ("params", "protocol", "resolved_protocol", "metrics", "metric_bounds", "costs", "provenance")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredPrediction:
+    """Raw scores of the test images of one cell, as the method gave them."""
+
+    paths: tuple[str, ...]
+    """Absolute paths on the machine that predicted; the order is the category's test order."""
+    anomaly_maps: np.ndarray
+    """(N, h, w) float32, higher = more anomalous."""
+    image_scores: np.ndarray | None
+    """(N,) float32, or None where the harness reduces the map."""
+    facts: Mapping[str, Any]
+    """Costs and provenance of fitting and predicting, for rows that are scored from here later."""
+
+
+class Store:
+    """Reads and writes one storage root."""
+
+    def __init__(self, root: str) -> None:
+        """Opens `root`, a path or URI, and makes it if need be. Raises AdgridError if it cannot be opened."""
+        try:
+            if re.match(r"^[a-z][a-z0-9+.-]+://", root):
+                self._fs, self._base = pyarrow.fs.FileSystem.from_uri(root)
+            else:
+                self._fs, self._base = pyarrow.fs.LocalFileSystem(), str(Path(root).expanduser().resolve())
+            self._fs.create_dir(self._base, recursive=True)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise AdgridError(
+                f"--root {root}: cannot be opened or made ({error}); name a writable folder or URI"
+            ) from error
+        self.root = root if "://" in root else self._base
+        self.is_local = isinstance(self._fs, pyarrow.fs.LocalFileSystem)
+
+    # --- bytes under keys ---
+
+    def _path(self, key: str) -> str:
+        return f"{self._base}/{key}"
+
+    def local_path(self, key: str) -> Path | None:
+        """Where `key` lies on this machine's file system, or None on an object store."""
+        return Path(self._path(key)) if self.is_local else None
+
+    def publish(self, key: str, data: bytes) -> None:
+        """Writes a whole object under its final key at once; a reader sees the old bytes or the new, never a part."""
+        path = self._path(key)
+        if not self.is_local:
+            with self._fs.open_output_stream(path) as stream:
+                stream.write(data)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def read(self, key: str) -> bytes:
+        """The bytes under `key`. Raises FileNotFoundError if there are none."""
+        with self._fs.open_input_stream(self._path(key)) as stream:
+            return stream.read()
+
+    def exists(self, key: str) -> bool:
+        """Whether something was published under `key`."""
+        return self._fs.get_file_info(self._path(key)).type == pyarrow.fs.FileType.File
+
+    def list(self, prefix: str) -> list[str]:
+        """Names of the files right below the folder `prefix`, sorted; temporary files are left out."""
+        selector = pyarrow.fs.FileSelector(self._path(prefix), allow_not_found=True)
+        files = (info.base_name for info in self._fs.get_file_info(selector) if info.type == pyarrow.fs.FileType.File)
+        return sorted(name for name in files if not name.startswith("."))
+
+    def delete(self, key: str) -> None:
+        """Removes `key` if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.delete_file(self._path(key))
+
+    # --- rows ---
+
+    def publish_row(self, row: ResultRow) -> None:
+        """Saves a row now. A row of another status never overwrites it: `load_rows` decides which one counts."""
+        self.publish(f"rows/new/{row.cell_id}.{row.status}.parquet", _rows_to_parquet([row]))
+
+    def load_rows(self, cell_ids: Iterable[str] | None = None) -> dict[str, ResultRow]:
+        """The row that counts for each cell: a finished one before a stopped, failed or skipped one, then the newest.
+
+        Args:
+            cell_ids: only these cells; None for all in the store.
+        """
+        wanted = None if cell_ids is None else set(cell_ids)
+        found: dict[str, ResultRow] = {}
+        for row in self._all_rows(wanted):
+            known = found.get(row.cell_id)
+            if known is None or _row_rank(row) >= _row_rank(known):
+                found[row.cell_id] = row
+        return found
+
+    def _all_rows(self, wanted: set[str] | None) -> Iterator[ResultRow]:
+        # Singles first: folding publishes the segment before it deletes singles, so no row is missed in between.
+        for name in self.list("rows/new"):
+            if wanted is None or name.split(".", 1)[0] in wanted:
+                with contextlib.suppress(FileNotFoundError):
+                    yield from _rows_from_parquet(self.read(f"rows/new/{name}"))
+        for name in self.list("rows/segments"):
+            with contextlib.suppress(FileNotFoundError):
+                yield from _rows_from_parquet(self.read(f"rows/segments/{name}"), wanted)
+
+    def fold_rows(self, at_least: int = 64) -> int:
+        """Folds the single rows into one segment file and returns how many; does nothing for fewer than `at_least`."""
+        names = self.list("rows/new")
+        if len(names) < at_least:
+            return 0
+        rows = []
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                rows += _rows_from_parquet(self.read(f"rows/new/{name}"))
+        data = _rows_to_parquet(rows)
+        self.publish(f"rows/segments/{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
+        for name in names:
+            self.delete(f"rows/new/{name}")
+        return len(rows)
+
+    # --- predictions and scores ---
+
+    def publish_prediction(self, prediction_id: str, prediction: StoredPrediction) -> None:
+        """Saves raw predictions, losslessly in float32."""
+        maps = np.ascontiguousarray(prediction.anomaly_maps, dtype=np.float32)
+        scores = prediction.image_scores
+        table = pa.table(
+            {
+                "path": pa.array(prediction.paths, pa.string()),
+                "image_score": pa.array([None] * len(maps) if scores is None else scores, pa.float32()),
+                "anomaly_map": pa.array([row.tobytes() for row in maps], pa.binary()),
+            },
+            metadata={"shape": json.dumps(maps.shape[1:]), "facts": json.dumps(dict(prediction.facts))},
+        )
+        sink = io.BytesIO()
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        self.publish(f"predictions/{prediction_id}.arrow", sink.getvalue())
+
+    def load_prediction(self, prediction_id: str) -> StoredPrediction | None:
+        """Stored predictions, or None where they were not kept or cannot be read."""
+        try:
+            table = pa.ipc.open_file(pa.BufferReader(self.read(f"predictions/{prediction_id}.arrow"))).read_all()
+        except (FileNotFoundError, pa.ArrowInvalid):
+            return None
+        shape = tuple(json.loads(table.schema.metadata[b"shape"]))
+        maps = [np.frombuffer(row.as_py(), dtype=np.float32).reshape(shape) for row in table["anomaly_map"]]
+        scores = table["image_score"]
+        return StoredPrediction(
+            paths=tuple(table["path"].to_pylist()),
+            anomaly_maps=np.stack(maps) if maps else np.zeros((0, *shape), np.float32),
+            image_scores=None if scores.null_count else scores.to_numpy(),
+            facts=json.loads(table.schema.metadata[b"facts"]),
+        )
+
+    def publish_scores(self, cell_id: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Saves the per-image outcome of a cell: path, label, defect_type, mask_path, image_score."""
+        self.publish(f"scores/{cell_id}.parquet", _table_to_parquet(pa.table(dict(columns))))
+
+    def load_scores(self, cell_id: str) -> dict[str, list[Any]] | None:
+        """The columns of `publish_scores`, or None."""
+        try:
+            return pq.read_table(pa.BufferReader(self.read(f"scores/{cell_id}.parquet"))).to_pydict()
+        except FileNotFoundError:
+            return None
+
+    # --- artifacts ---
+
+    def publish_state(self, artifact_id: str, state: Mapping[str, Tensor]) -> None:
+        """Saves tensors as safetensors."""
+        from safetensors.torch import save
+
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        self.publish(f"artifacts/{artifact_id}.safetensors", save(tensors))
+
+    def load_state(self, artifact_id: str) -> dict[str, Tensor] | None:
+        """The tensors of an artifact, or None."""
+        from safetensors.torch import load
+
+        try:
+            return load(self.read(f"artifacts/{artifact_id}.safetensors"))
+        except FileNotFoundError:
+            return None
+
+    # --- attempts ---
+
+    def count_attempt(self, run_token: str, cell_id: str) -> int:
+        """Notes that a cell is being started and returns which attempt of this run it is, from 1."""
+        attempt = 1
+        while self.exists(f"attempts/{run_token}/{cell_id}.{attempt}"):
+            attempt += 1
+        self.publish(f"attempts/{run_token}/{cell_id}.{attempt}", b"")
+        return attempt
+
+    def forget_attempts(self, run_token: str) -> None:
+        """Removes the notes of a run that has ended."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.delete_dir(self._path(f"attempts/{run_token}"))
+
+
+def _row_rank(row: ResultRow) -> tuple[int, str]:
+    # Failed, skipped and stopped rows replace one another by age; only a finished row outranks a newer one.
+    return (row.status == "ok", row.provenance.get("finished_at", ""))
+
+
+def _table_to_parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def _rows_to_parquet(rows: Sequence[ResultRow]) -> bytes:
+    columns: dict[str, list[Any]] = {}
+    for field in dataclasses.fields(ResultRow):
+        values = [getattr(row, field.name) for row in rows]
+        if field.name in _JSON_FIELDS:
+            values = [json.dumps(dict(value), sort_keys=True) for value in values]
+        elif field.name in ("layers", "stamps"):
+            values = [list(value) for value in values]
+        columns[field.name] = values
+    schema = pa.schema([(name, _row_type(name)) for name in columns])
+    return _table_to_parquet(pa.table(columns, schema=schema))
+
+
+def _row_type(name: str) -> pa.DataType:
+    if name in ("layers", "stamps"):
+        return pa.list_(pa.string())
+    return pa.int64() if name in ("shots", "seed") else pa.string()
+
+
+def _rows_from_parquet(data: bytes, wanted: set[str] | None = None) -> list[ResultRow]:
+    rows = []
+    for record in pq.read_table(pa.BufferReader(data)).to_pylist():
+        if wanted is not None and record["cell_id"] not in wanted:
+            continue
+        for name in _JSON_FIELDS:
+            record[name] = json.loads(record[name])
+        record["layers"], record["stamps"] = tuple(record["layers"]), tuple(record["stamps"])
+        rows.append(ResultRow(**record))
+    return rows

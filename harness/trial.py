@@ -1,0 +1,139 @@
+"""The story of one trial, in a plain process: read the images, fit the method, score each category, save each row.
+
+Ray only decides where and when this runs. What goes wrong in a category is a row with its reason; the trial goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+from harness.contracts import Cell, ResultRow, RunSettings, Trial
+from harness.evaluate import evaluate
+from harness.fitting import FittedMethod, Notify
+from harness.resolve import CategoryData, ResolvedTrial, identify_cells, open_dataset, read_category, resolve_trial
+from harness.rows import finished_row, unfinished_row
+from harness.store import Store, StoredPrediction
+
+MAX_ATTEMPTS = 2
+"""How often a cell is started in one run; a cell whose worker died each time is a failed row, not tried for ever."""
+
+
+class WorkerDied(RuntimeError):
+    """The process died every time it ran this cell."""
+
+
+class PlanOutdated(RuntimeError):
+    """Images, masks or weights on this node are not the ones that were planned."""
+
+
+def run_trial(trial: Trial, settings: RunSettings, notify: Notify = lambda *_: None) -> Iterator[ResultRow]:
+    """Runs what is missing of a trial and yields each row after it was saved.
+
+    Args:
+        trial: what to run, with the ids of its cells.
+        settings: where things lie.
+        notify: told about progress inside a cell.
+    """
+    store = Store(settings.root)
+    rows = store.load_rows(cell.cell_id for cell in trial.cells)
+    todo = [cell for cell in trial.cells if cell.cell_id not in rows or rows[cell.cell_id].status != "ok"]
+    try:
+        dataset = open_dataset(trial.dataset, settings.places)
+        resolved = resolve_trial(trial, dataset, settings.places.cache_dir)
+    except Exception as error:
+        yield from _save_failed(store, trial, todo, error, settings)
+        return
+    for group in fit_groups(resolved, todo):
+        yield from run_group(resolved, group, store, settings, notify)
+
+
+def fit_groups(resolved: ResolvedTrial, cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells that share one fit: each alone, or all of them for a dataset-wide method."""
+    if resolved.method.scope == "dataset":
+        return [list(cells)] if cells else []
+    return [[cell] for cell in cells]
+
+
+def run_group(
+    resolved: ResolvedTrial, cells: list[Cell], store: Store, settings: RunSettings, notify: Notify
+) -> Iterator[ResultRow]:
+    """Fits once and scores each cell; a cell whose raw predictions are stored is only scored again."""
+    open_cells = list(cells)
+    try:
+        _count_attempt(cells, store, settings)
+        notify("reading images", 0, 1)
+        data = read_group(resolved, cells, settings)
+        stored = {cell: store.load_prediction(cell.prediction_id) for cell in cells}
+        fitted = None if all(stored.values()) else FittedMethod(resolved, data, store, settings, notify)
+        for cell in cells:
+            try:
+                prediction = stored[cell]
+                if prediction is None:
+                    assert fitted is not None
+                    prediction = fitted.predict(cell)
+                row = score_cell(resolved, cell, data[cell.category], prediction, bool(stored[cell]), store, settings)
+                store.publish_row(row)
+            except Exception as error:
+                open_cells.remove(cell)
+                yield from _save_failed(store, resolved.trial, [cell], error, settings)
+            else:
+                open_cells.remove(cell)
+                yield row
+    except Exception as error:
+        yield from _save_failed(store, resolved.trial, open_cells, error, settings)
+
+
+def read_group(resolved: ResolvedTrial, cells: Sequence[Cell], settings: RunSettings) -> dict[str, CategoryData]:
+    """The images of a group, checked to be the planned ones. Raises PlanOutdated if they are not."""
+    trial, cache = resolved.trial, settings.places.cache_dir
+    names = trial.categories if resolved.method.scope == "dataset" else [cell.category for cell in cells]
+    data = {name: read_category(resolved.dataset, name, trial.shots, trial.seed, cache) for name in names}
+    here = identify_cells(resolved, data)
+    for cell in cells:
+        if cell not in here:
+            raise PlanOutdated(
+                f"dataset {trial.dataset.name!r}, category {cell.category!r}: images, masks or weights are not those that "
+                f"were planned (changed since, or another copy on this node); run the same command again"
+            )
+    return data
+
+
+def score_cell(
+    resolved: ResolvedTrial,
+    cell: Cell,
+    data: CategoryData,
+    prediction: StoredPrediction,
+    rescored: bool,
+    store: Store,
+    settings: RunSettings,
+) -> ResultRow:
+    """Metrics of one cell as a row; the image scores behind them are saved for reports and comparisons."""
+    start = time.perf_counter()
+    own_score = resolved.trial.protocol.score_reduction == "method"
+    result = evaluate(prediction, data.test, data.has_masks, resolved.protocol, resolved.preprocessing, own_score)
+    columns = {
+        "path": [sample.path for sample in data.test],
+        "mask_path": [sample.mask_path for sample in data.test],
+        "label": [sample.label for sample in data.test],
+        "defect_type": [sample.defect_type for sample in data.test],
+        "image_score": result.image_scores.tolist(),
+    }
+    store.publish_scores(cell.cell_id, columns)
+    costs = {**prediction.facts["costs"], "evaluate_seconds": round(time.perf_counter() - start, 4)}
+    return finished_row(resolved, cell, data, result, prediction.facts, costs, rescored, settings)
+
+
+def _count_attempt(cells: Sequence[Cell], store: Store, settings: RunSettings) -> None:
+    attempt = max(store.count_attempt(settings.invocation, cell.cell_id) for cell in cells)
+    if attempt > MAX_ATTEMPTS:
+        raise WorkerDied(f"the worker died {attempt - 1} times while it ran this cell (killed, or out of memory)")
+
+
+def _save_failed(
+    store: Store, trial: Trial, cells: Sequence[Cell], error: Exception, settings: RunSettings
+) -> Iterator[ResultRow]:
+    for cell in cells:
+        row = unfinished_row(trial, cell, "failed", error, settings)
+        store.publish_row(row)
+        yield row
