@@ -444,6 +444,8 @@ class RunSettings:
     """Bound of the node-local feature cache."""
     prediction_mib: float = 256.0
     """Raw predictions of a cell above this size are not kept, and a changed metric fits such a cell again."""
+    pictures: bool = True
+    """Draw a contact sheet for every cell."""
     save_fitted: bool = False
     """Keep the fitted state of every method as an artifact under its prediction id."""
     batch_size: int = 32

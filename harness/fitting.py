@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from harness.resolve import CategoryData, ResolvedTrial
 from harness.store import Store, StoredPrediction
 from harness.training import train_stage
 
-Notify = Callable[[str, int, int], None]
-"""Progress inside a cell: (what is being done, done, in all)."""
+Notify = Callable[[str, str, int, int], None]
+"""Progress inside a cell: (category, what is being done, done, in all)."""
 
 
 class FittedMethod:
@@ -42,7 +43,8 @@ class FittedMethod:
             notify: told about progress.
         """
         trial = resolved.trial
-        self._resolved, self._data, self._store, self._settings, self._notify = resolved, data, store, settings, notify
+        self._resolved, self._data, self._store, self._settings = resolved, data, store, settings
+        self._notify = partial(notify, ", ".join(data) if len(data) < 3 else f"{len(data)} categories")
         self._device = torch.device("cuda" if trial.resources.gpu > 0 and torch.cuda.is_available() else "cpu")
         self._encoder: FrozenBackbone | None = None
         self._meter = Meter(self._device)
@@ -59,7 +61,7 @@ class FittedMethod:
             make_backbone=self._trainable if resolved.method.backbone_use == "trained" else None,
         )
         train = self._split([sample for category in data.values() for sample in category.train], "train")
-        notify("fitting", 0, 1)
+        self._notify("fitting", 0, 1)
         with self._meter.timed("fit_seconds"):
             self._method = resolved.method(resolved.config, context)
             if hasattr(self._method, "stages"):

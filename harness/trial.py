@@ -62,7 +62,7 @@ def run_group(
     open_cells = list(cells)
     try:
         _count_attempt(cells, store, settings)
-        notify("reading images", 0, 1)
+        notify(cells[0].category, "reading images", 0, 1)
         data = read_group(resolved, cells, settings)
         stored = {cell: store.load_prediction(cell.prediction_id) for cell in cells}
         fitted = None if all(stored.values()) else FittedMethod(resolved, data, store, settings, notify)
@@ -93,8 +93,8 @@ def read_group(resolved: ResolvedTrial, cells: Sequence[Cell], settings: RunSett
     for cell in cells:
         if cell not in here:
             raise PlanOutdated(
-                f"dataset {trial.dataset.name!r}, category {cell.category!r}: images, masks or weights are not those that "
-                f"were planned (changed since, or another copy on this node); run the same command again"
+                f"dataset {trial.dataset.name!r}, category {cell.category!r}: images, masks or weights are not those "
+                f"that were planned (changed since, or another copy on this node); run the same command again"
             )
     return data
 

@@ -1,6 +1,10 @@
-"""What all tests share: where data lie, a quiet environment, one local Ray."""
+"""What all tests share: where data lie, a quiet environment, an installed example plug-in, one local Ray."""
 
+import hashlib
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 # Ray and MLflow read these when they are imported or started, so they are set before any test module is.
@@ -20,6 +24,26 @@ os.environ.update(
 import pytest
 
 from harness.contracts import Places
+
+PLUGIN = Path(__file__).parent / "example_plugin"
+
+
+def pytest_configure(config):
+    """Installs the example plug-in beside the environment, as pip does, so that its entry points are found."""
+    sources = sorted([PLUGIN / "pyproject.toml", *(PLUGIN / "adgrid_example").glob("*.py")])
+    version = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    target = Path(config.cache.mkdir("example_plugin")) / version
+    if not target.exists():
+        build = target.with_suffix(".build")
+        shutil.rmtree(build, ignore_errors=True)
+        shutil.copytree(PLUGIN, build / "source")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+        subprocess.run([*pip, "--target", str(build / "site"), str(build / "source")], check=True)
+        (build / "site").rename(target)
+        shutil.rmtree(build)
+    sys.path.insert(0, str(target))
+    # Ray's workers and subprocesses find it the same way.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(target), os.environ.get("PYTHONPATH")]))
 
 
 def pytest_addoption(parser):

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from harness.contracts import AdgridError, Category, Sample, derive_seed
-from harness.datasets.files import open_file, stat_file
+from harness.datasets.files import is_uri, open_file, stat_file
 
 _SETTLED_NS = 2_000_000_000
 """A file younger than this when it was hashed may be written again within the same clock tick of its file system, so
@@ -61,10 +61,9 @@ def content_hashes(
     hashes: dict[str, str] = {}
     fresh: dict[str, _Remembered] = defaultdict(dict)
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1)), thread_name_prefix="hash") as pool:
-        # Threads answer `stat` in parallel where the data are far away; nearby files need no help.
-        found = dict(
-            zip(paths, pool.map(look_up, paths) if _any_remote(by_folder) else map(look_up, paths), strict=True)
-        )
+        # Far away, `stat` is worth asking for in parallel; nearby, the threads would cost more than they save.
+        look_up_all = pool.map if any(is_uri(folder) for folder in by_folder) else map
+        found = dict(zip(paths, look_up_all(look_up, paths), strict=True))
         stale = [path for path, (_, _, digest) in found.items() if digest is None]
         started_ns = time.time_ns()
         done = len(paths) - len(stale)
@@ -80,21 +79,6 @@ def content_hashes(
     for folder, entries in fresh.items():
         _write_memory(cache_dir, folder, _read_memory(cache_dir, folder) | entries)
     return {path: hashes.get(path) or found[path][2] or "" for path in paths}
-
-
-def content_fingerprint(entries: Iterable[tuple[str, str]]) -> str:
-    """One id for a list of files.
-
-    Args:
-        entries: (name, hash) of each file in a fixed order; names relative to the dataset, so equal on every node.
-
-    Returns:
-        64 hexadecimal digits; changed by any name, any hash and the order.
-    """
-    digest = hashlib.sha256()
-    for name, content in entries:
-        digest.update(json.dumps([name, content]).encode())
-    return digest.hexdigest()
 
 
 def draw_shots(dataset_name: str, category: Category, shots: int | None, seed: int) -> tuple[Sample, ...]:
@@ -127,10 +111,6 @@ def draw_shots(dataset_name: str, category: Category, shots: int | None, seed: i
     ranked = sorted(category.train, key=lambda sample: derive_seed(draw, sample.sample_id, sample.view))
     drawn = {sample.path for sample in ranked[:shots]}
     return tuple(sample for sample in category.train if sample.path in drawn)
-
-
-def _any_remote(folders: Iterable[str]) -> bool:
-    return any("://" in folder for folder in folders)
 
 
 def _hash_file(path: str) -> str:

@@ -52,11 +52,23 @@ _RESAMPLING = {
 }
 
 
+class ImageProblem(AdgridError):
+    """An image or mask that cannot be used: what is wrong, with the path, and the remedy."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(what, remedy)  # both in `args`, so that the error survives pickling
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.remedy}"
+
+
 def read_image(path: str) -> Image.Image:
     """Decodes an image to upright 8-bit RGB.
 
     Raises:
-        AdgridError: the file is missing, empty, truncated, no image, or has pixels without a fixed range.
+        ImageProblem: the file is missing, empty, truncated, no image, or has pixels without a fixed range.
     """
     with _decoding(path, "image") as image:
         image.load()
@@ -66,9 +78,9 @@ def read_image(path: str) -> Image.Image:
         if image.mode.startswith("I;16"):
             return Image.fromarray(_drop_low_bits(image)).convert("RGB")
         if image.mode in ("I", "F"):
-            raise AdgridError(
-                f"cannot read image {path}: its pixels are 32-bit or signed numbers without a fixed range; "
-                "save it with 8 or 16 bits per channel"
+            raise ImageProblem(
+                f"cannot read image {path}: its pixels are 32-bit or signed numbers without a fixed range",
+                "save it with 8 or 16 bits per channel",
             )
         if image.mode in ("P", "PA"):
             image = image.convert("RGBA")  # Pillow warns when a palette with transparency goes to RGB in one step
@@ -82,7 +94,7 @@ def read_mask(path: str) -> NDArray[np.uint8]:
         (H, W) uint8, 1 = defect, 0 = normal; upright.
 
     Raises:
-        AdgridError: the file cannot be read, or is lossy and too dark to tell defects from compression noise.
+        ImageProblem: the file cannot be read, or is lossy and too dark to tell defects from compression noise.
     """
     with _decoding(path, "mask") as image:
         lossy = image.format in _LOSSY_FORMATS or image.info.get("compression") == "jpeg"
@@ -100,9 +112,10 @@ def read_mask(path: str) -> NDArray[np.uint8]:
     if lossy:
         peak = int(pixels.max())
         if 0 < peak < 128:
-            raise AdgridError(
+            raise ImageProblem(
                 f"cannot read mask {path}: it is a lossy file whose brightest pixel is {peak}, so defects cannot be "
-                "told from compression noise; save masks as PNG, or as 0 and 255"
+                "told from compression noise",
+                "save masks as PNG, or as 0 and 255",
             )
         pixels = pixels >= 128
     defect = pixels != 0
@@ -115,7 +128,7 @@ def read_size(path: str, kind: Literal["image", "mask"] = "image") -> tuple[int,
     """(H, W) of the upright image, from the file's header alone.
 
     Raises:
-        AdgridError: the file is missing, empty or no image.
+        ImageProblem: the file is missing, empty or no image.
     """
     with _decoding(path, kind) as image:
         width, height = image.size
@@ -131,7 +144,7 @@ def load_image(path: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:
         (3, H, W) uint8 RGB, contiguous.
 
     Raises:
-        AdgridError: the file cannot be read, or is smaller than the crop after resizing.
+        ImageProblem: the file cannot be read, or is smaller than the crop after resizing.
     """
     image = _resize_and_crop(read_image(path), preprocessing, _RESAMPLING[preprocessing.interpolation], path)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
@@ -147,29 +160,27 @@ def load_mask(sample: Sample, preprocessing: Preprocessing) -> NDArray[np.uint8]
         (H, W) uint8, 1 = defect; zeros for a normal image without a mask.
 
     Raises:
-        AdgridError: an anomalous image has no mask, the mask cannot be read, or its size is not that of its image.
+        ImageProblem: an anomalous image has no mask, the mask cannot be read, or its size is not that of its image.
     """
     if sample.mask_path is None:
         if sample.label == 1:
-            raise AdgridError(f"the anomalous image {sample.path} has no mask; pixel metrics need one")
+            raise ImageProblem(f"the anomalous image {sample.path} has no mask", "pixel metrics need one")
         return np.zeros(preprocessing.image_size, dtype=np.uint8)
     mask = read_mask(sample.mask_path)
-    problem = compare_sizes(sample, mask.shape)
-    if problem is not None:
-        raise AdgridError(problem)
+    match_sizes(sample, read_size(sample.path), mask.shape)
     image = _resize_and_crop(Image.fromarray(mask), preprocessing, Image.Resampling.NEAREST, sample.mask_path)
     return np.array(image)
 
 
-def compare_sizes(sample: Sample, mask_size: tuple[int, ...]) -> str | None:
-    """A complaint when the mask of a sample has another (H, W) than its upright image, otherwise None."""
-    height, width = read_size(sample.path)
-    if mask_size == (height, width):
-        return None
-    turned = " (turned by EXIF orientation?)" if mask_size == (width, height) else ""
-    return (
-        f"the mask {sample.mask_path} is {mask_size[1]} x {mask_size[0]} pixels but its image {sample.path} is "
-        f"{width} x {height}{turned}; a mask must have the size of its upright image"
+def match_sizes(sample: Sample, size: tuple[int, int], mask_size: tuple[int, ...]) -> None:
+    """Compares the upright (H, W) of an image and of its mask. Raises ImageProblem where they differ."""
+    if mask_size == size:
+        return
+    turned = " (is it turned by an EXIF orientation?)" if mask_size == size[::-1] else ""
+    raise ImageProblem(
+        f"the mask {sample.mask_path} is {mask_size[0]} x {mask_size[1]} pixels (H x W) but its image {sample.path} "
+        f"is {size[0]} x {size[1]}{turned}",
+        "make the mask as large as its upright image",
     )
 
 
@@ -187,9 +198,10 @@ def _resize_and_crop(
     else:
         new_width, new_height = int(shorter * old_width / old_height), shorter
     if new_height < height or new_width < width:
-        raise AdgridError(
+        raise ImageProblem(
             f"the crop image_size {height} x {width} (H x W) does not fit into {path} resized to {new_height} x "
-            f"{new_width}; raise protocol.resize (now {shorter}) or lower protocol.image_size"
+            f"{new_width}",
+            f"raise protocol.resize (now {shorter}) or lower protocol.image_size",
         )
     image = image.resize((new_width, new_height), resampling)
     left, top = round((new_width - width) / 2), round((new_height - height) / 2)
@@ -205,12 +217,12 @@ def _decoding(path: str, kind: Literal["image", "mask"]) -> Iterator[Image.Image
     except (AdgridError, MemoryError):
         raise
     except FileNotFoundError as error:
-        raise AdgridError(f"cannot read {kind} {path}: no such file; copy it again from its source") from error
+        raise ImageProblem(f"cannot read {kind} {path}: no such file", "copy it again from its source") from error
     except (
         Exception
     ) as error:  # Pillow raises nearly anything on a broken file: SyntaxError, struct.error, zlib.error ...
-        raise AdgridError(
-            f"cannot read {kind} {path}: {_explain(path, error)}; copy it again from its source, or remove it"
+        raise ImageProblem(
+            f"cannot read {kind} {path}: {_explain(path, error)}", "copy it again from its source, or remove it"
         ) from error
 
 

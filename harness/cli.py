@@ -1,0 +1,298 @@
+"""The command line: `adgrid run | plan | report | datasets | backbones | methods | ui`.
+
+Exit codes: 0 all is well, 1 something failed (a row without a number, a broken layout), 2 bad input, 130 stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from harness import __version__
+from harness.contracts import AdgridError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `adgrid`; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(words)
+    console = Console(highlight=False)
+    try:
+        return options.handle(options, console, shlex.join(["adgrid", *words]))
+    except AdgridError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; every finished row is saved, the same command goes on from here")
+        return 130
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="adgrid", description="Distributed benchmark harness for industrial image anomaly detection."
+    )
+    parser.add_argument("--version", action="version", version=f"adgrid {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run what is missing of a search space, then report")
+    run.add_argument("space", help="YAML file, such as search_spaces/quickstart.yaml")
+    _add_places(run)
+    _add_narrowing(run)
+    run.add_argument("--address", help="Ray cluster to join (auto, HOST:PORT); without it one starts on this machine")
+    run.add_argument("--num-cpus", type=int, help="cores of the Ray started here (default: all)")
+    run.add_argument("--tracking-uri", help="MLflow tracking URI (default: a SQLite file under --root; off: none)")
+    run.add_argument("--experiment", default="adgrid", help="MLflow experiment (default: adgrid)")
+    run.add_argument("--skip-missing", action="store_true", help="run the rest when datasets or weights are missing")
+    run.add_argument("--save-fitted", action="store_true", help="keep every fitted method under artifacts/")
+    run.add_argument("--no-pictures", dest="pictures", action="store_false", help="draw no contact sheet per cell")
+    run.add_argument("--cache-gib", type=float, default=50.0, help="bound of the feature cache (default: 50)")
+    run.set_defaults(handle=_run)
+
+    plan = commands.add_parser("plan", help="show what a run would do; computes nothing")
+    plan.add_argument("space", help="YAML file")
+    _add_places(plan)
+    _add_narrowing(plan)
+    plan.set_defaults(handle=_plan)
+
+    report = commands.add_parser("report", help="remake tables and pictures of a run")
+    report.add_argument("run", help="id of a run, or its folder")
+    _add_places(report)
+    report.set_defaults(handle=_report)
+
+    datasets = commands.add_parser("datasets", help="list known datasets, or check the files of one")
+    datasets.add_argument("action", nargs="?", choices=["list", "check"], default="list")
+    datasets.add_argument("name", nargs="?", help="dataset to check")
+    datasets.add_argument("--layout", help="layout on disk, where it is not called like the dataset")
+    datasets.add_argument("--dataset-root", help="folder of this dataset (default: DATA_ROOT/NAME)")
+    datasets.add_argument("--categories", help="only these, separated by commas")
+    _add_places(datasets)
+    datasets.set_defaults(handle=_datasets)
+
+    for name, what, handle in (("backbones", "backbones", _backbones), ("methods", "methods", _methods)):
+        listing = commands.add_parser(name, help=f"list known {what}")
+        _add_places(listing)
+        listing.set_defaults(handle=handle)
+
+    ui = commands.add_parser("ui", help="open MLflow on this machine's loopback address")
+    _add_places(ui)
+    ui.add_argument("--tracking-uri", help="MLflow tracking URI (default: the SQLite file under --root)")
+    ui.add_argument("--port", type=int, default=5000)
+    ui.set_defaults(handle=_ui)
+    return parser
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", default="results", help="storage root, a path or URI (default: results)")
+    parser.add_argument("--data-root", help="folder with one subfolder per dataset")
+    parser.add_argument("--cache-dir", help="node-local cache (default: the user's cache folder)")
+
+
+def _add_narrowing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="AXIS=VALUE",
+        help="narrow an axis or set a field: methods=padim, seeds=0,1, protocol.aupro_limit=0.05",
+    )
+    parser.add_argument("--random-weights", action="store_true", help="test the plumbing; stamps every row")
+
+
+def _options(parsed: argparse.Namespace) -> Any:
+    import dataclasses
+
+    from harness.run import RunOptions
+
+    fields = {field.name for field in dataclasses.fields(RunOptions)}
+    return RunOptions(**{name: value for name, value in vars(parsed).items() if name in fields})
+
+
+def _run(parsed: argparse.Namespace, console: Console, command: str) -> int:
+    from harness.report import build_matrices, failures_table, rows_frame, terminal_table
+    from harness.run import execute
+    from harness.tracking import ui_command
+
+    outcome = execute(parsed.space, _options(parsed), console, command)
+    for matrix in build_matrices(rows_frame(outcome.rows), metrics=("image_auroc", "pixel_auroc")):
+        console.print()
+        console.print(terminal_table(matrix))
+    if outcome.num_failed:
+        console.print()
+        console.print(failures_table(outcome.rows))
+    kept = len(outcome.rows) - outcome.num_computed
+    console.print(
+        f"\n{len(outcome.rows)} cells: {outcome.num_computed} computed now, {kept} from earlier runs, "
+        f"{outcome.num_failed} without a number"
+    )
+    for item in outcome.plan.missing:
+        console.print(f"left out ({item.num_trials} trials): {item.kind} {item.name}: {_escape(item.reason)}")
+    for note in outcome.notes:
+        console.print(f"[yellow]{_escape(note)}[/]", soft_wrap=True)
+    console.print(f"run folder  {outcome.run_folder}", soft_wrap=True)
+    if outcome.tracking_uri:
+        console.print(f"MLflow      {ui_command(outcome.tracking_uri)}", soft_wrap=True)
+    return 1 if outcome.num_failed else 0
+
+
+def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
+    from harness.plan import measure_progress
+    from harness.progress import describe, describe_seconds
+    from harness.run import plan_run
+    from harness.store import Store
+
+    plan = plan_run(parsed.space, _options(parsed), console)
+    store = Store(parsed.root)
+    rows = store.load_rows()
+    predictions = {name.removesuffix(".arrow") for name in store.list("predictions")}
+    table = Table(
+        title=f"{plan.space.name}: {len(plan.trials)} trials, {len(plan.cell_ids)} cells", title_justify="left"
+    )
+    for column in ("trial", "categories", "layers", "asks for", "done"):
+        table.add_column(column, overflow="fold")
+    for trial in plan.trials:
+        done = sum(cell.cell_id in rows and rows[cell.cell_id].status == "ok" for cell in trial.cells)
+        asks = [f"{trial.resources.cpu:g} cpu"] + [f"{trial.resources.gpu:g} gpu"] * bool(trial.resources.gpu)
+        asks += [f"{trial.resources.memory_gib:g} GiB"] * bool(trial.resources.memory_gib)
+        table.add_row(
+            describe(trial),
+            ", ".join(trial.categories) if len(trial.categories) <= 4 else f"{len(trial.categories)} categories",
+            ", ".join(trial.layers),
+            ", ".join(asks),
+            f"{done}/{len(trial.cells)}",
+        )
+    console.print(table)
+    progress = measure_progress(plan, rows, predictions)
+    time = (
+        "unknown, no earlier rows"
+        if progress.estimated_seconds is None
+        else describe_seconds(progress.estimated_seconds)
+    )
+    console.print(f"done {progress.done} · to do {progress.todo}, of these {progress.rescore} only scored again")
+    console.print(f"failed before {progress.failed} · estimated time on one worker: {time}")
+    for item in plan.missing:
+        console.print(
+            f"[red]missing[/] {item.kind} {item.name} ({item.num_trials} trials): {_escape(item.reason)}",
+            soft_wrap=True,
+        )
+    return 1 if plan.missing else 0
+
+
+def _report(parsed: argparse.Namespace, console: Console, command: str) -> int:
+    from harness.report import build_matrices, rows_frame, terminal_table
+    from harness.run import remake_report
+    from harness.sheets import remake_sheets
+    from harness.store import Store
+
+    # `results/runs/NAME` and `NAME` mean the same run.
+    root, marker, name = parsed.run.rstrip("/").rpartition("/runs/")
+    store = Store(root if marker else parsed.root)
+    run_id = name if marker else parsed.run
+    try:
+        record = json.loads(store.read(f"runs/{run_id}/plan.json"))
+    except FileNotFoundError as error:
+        raise AdgridError(f"{parsed.run}: no such run under {store.root}/runs; see `adgrid run`") from error
+    rows = store.load_rows(record["cell_ids"])
+    ordered = [rows[cell_id] for cell_id in record["cell_ids"] if cell_id in rows]
+    remake_sheets(store, ordered, _options(parsed).places, console)
+    files = remake_report(
+        store, run_id, ordered, title=record["name"], command=record["command"], expected=len(record["cell_ids"])
+    )
+    for matrix in build_matrices(rows_frame(ordered)):
+        console.print(terminal_table(matrix))
+    console.print(f"{len(files)} files in {store.root}/runs/{run_id}/report", soft_wrap=True)
+    return 0
+
+
+def _datasets(parsed: argparse.Namespace, console: Console, command: str) -> int:
+    from harness.registry import dataset_layouts, load_dataset_class
+
+    places = _options(parsed).places
+    if parsed.action == "check":
+        return _check_dataset(parsed, console, places)
+    table = Table("dataset", "what it is", "licence", "here")
+    for name in dataset_layouts():
+        dataset = load_dataset_class(name)
+        table.add_row(name, dataset.summary, dataset.licence, _here(dataset(name, None, places).missing()))
+    console.print(table)
+    return 0
+
+
+def _check_dataset(parsed: argparse.Namespace, console: Console, places: Any) -> int:
+    from harness.contracts import DatasetRef
+    from harness.resolve import open_dataset
+
+    if not parsed.name:
+        raise AdgridError("datasets check: name a dataset, such as `adgrid datasets check folder --dataset-root DIR`")
+    ref = DatasetRef(name=parsed.name, layout=parsed.layout or parsed.name, root=parsed.dataset_root)
+    dataset = open_dataset(ref, places)
+    names = parsed.categories.split(",") if parsed.categories else None
+    problems = dataset.check(names)
+    for problem in problems:
+        console.print(f"[red]{problem.category}[/]: {_escape(problem.what)}; {_escape(problem.remedy)}", soft_wrap=True)
+    if problems:
+        return 1
+    table = Table("category", "train", "test normal", "test anomalous", "masks")
+    for name in names or dataset.category_names():
+        category = dataset.category(name)
+        anomalous = sum(sample.label for sample in category.test)
+        masks = "yes" if category.has_masks else "no: pixel metrics are not available"
+        counts = (len(category.train), len(category.test) - anomalous, anomalous)
+        table.add_row(name, *map(str, counts), masks)
+    console.print(table)
+    return 0
+
+
+def _backbones(parsed: argparse.Namespace, console: Console, command: str) -> int:
+    from harness.backbones import backbone_names, describe_backbone, missing_weights
+
+    places = _options(parsed).places
+    table = Table("backbone", "what it is", "weights here")
+    for name in backbone_names():
+        table.add_row(name, describe_backbone(name), _here(missing_weights(name, cache_dir=places.cache_dir)))
+    console.print(table)
+    console.print("Any other model of timm works by its name.")
+    return 0
+
+
+def _methods(parsed: argparse.Namespace, console: Console, command: str) -> int:
+    from harness.registry import load_method, method_names, method_version
+
+    table = Table("method", "what it is", "fit per", "backbone", "version")
+    for name in method_names():
+        method = load_method(name)
+        table.add_row(name, method.summary, method.scope, method.backbone_use, str(method_version(name)))
+    console.print(table)
+    return 0
+
+
+def _here(reason: str | None) -> str:
+    return "[green]yes[/]" if reason is None else _escape(reason)
+
+
+def _ui(parsed: argparse.Namespace, console: Console, command: str) -> int:
+    from harness.run import default_tracking_uri
+    from harness.store import Store
+    from harness.tracking import ui_command
+
+    uri = default_tracking_uri(_options(parsed), Store(parsed.root))
+    if uri is None:
+        raise AdgridError("ui: --root is no local folder; name the server with --tracking-uri")
+    words = shlex.split(ui_command(uri))
+    return subprocess.call([sys.executable, "-m", *words, "--host", "127.0.0.1", "--port", str(parsed.port)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

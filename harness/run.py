@@ -1,0 +1,256 @@
+"""The main job: a search space goes in; rows, matrices, pictures and MLflow runs come out."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import platformdirs
+from rich.console import Console
+
+from harness.contracts import AdgridError, Places, ResultRow, RunSettings, Trial
+from harness.identity import canonical_json
+from harness.plan import Plan, make_plan
+from harness.progress import Listener, ProgressBoard
+from harness.report import rows_frame, write_report
+from harness.space import load_space
+from harness.store import Store
+from harness.tracking import Mirror, TrackingUnavailable
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EXPERIMENT = "adgrid"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How to run, as the command line says it; nothing here changes a number but `random_weights`, which is stamped."""
+
+    root: str = "results"
+    """Storage root, a path or URI."""
+    data_root: str | None = None
+    """Folder with one subfolder per dataset."""
+    cache_dir: str | None = None
+    """Node-local cache; None for the user's cache folder."""
+    overrides: Sequence[str] = ()
+    """`axis=value` texts."""
+    address: str | None = None
+    """Ray cluster to join; None starts one here."""
+    num_cpus: int | None = None
+    """Cores of a Ray started here; None for all."""
+    tracking_uri: str | None = None
+    """MLflow tracking URI; None for a SQLite file under a local root, `off` for none."""
+    experiment: str = EXPERIMENT
+    """MLflow experiment."""
+    random_weights: bool = False
+    """Random instead of pretrained weights, to test the plumbing."""
+    skip_missing: bool = False
+    """Run what can run although datasets or weights are missing."""
+    save_fitted: bool = False
+    """Keep every fitted method."""
+    pictures: bool = True
+    """Draw a contact sheet for every cell."""
+    cache_gib: float = 50.0
+    """Bound of the node-local cache."""
+
+    @property
+    def places(self) -> Places:
+        """Where data and caches lie on this machine."""
+        cache = self.cache_dir or platformdirs.user_cache_dir("adgrid", appauthor=False)
+        data = (
+            str(Path(self.data_root).expanduser().resolve()) if self.data_root and "://" not in self.data_root else None
+        )
+        return Places(data_root=data or self.data_root, cache_dir=str(Path(cache).expanduser().resolve()))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run left behind."""
+
+    plan: Plan
+    rows: tuple[ResultRow, ...]
+    """One row per planned cell, in the order of the plan."""
+    num_computed: int
+    """Rows of this start; the others were there before."""
+    run_folder: str
+    """Path or URI of the run folder."""
+    tracking_uri: str | None
+    notes: tuple[str, ...]
+    """What a person should be told beside the results."""
+
+    @property
+    def num_failed(self) -> int:
+        """Rows without a number."""
+        return sum(row.status != "ok" for row in self.rows)
+
+
+def plan_run(space_path: str, options: RunOptions, console: Console) -> Plan:
+    """Reads, checks and plans a space, with a note of what is being hashed."""
+    space = load_space(space_path, options.overrides)
+    with console.status("planning") as status:
+        return make_plan(
+            space,
+            options.places,
+            options.random_weights,
+            lambda what, done, total: status.update(f"planning: {what}"),
+        )
+
+
+def execute(space_path: str, options: RunOptions, console: Console, command: str) -> Outcome:
+    """Plans a space, runs what is missing, writes the report and mirrors everything to MLflow.
+
+    Raises:
+        AdgridError: bad input; nothing was started.
+        KeyboardInterrupt: stopped by hand; every finished row is saved.
+    """
+    plan = plan_run(space_path, options, console)
+    if plan.missing and not options.skip_missing:
+        lines = [f"  {item.kind} {item.name}: {item.reason}" for item in plan.missing]
+        raise AdgridError("missing on this machine:\n" + "\n".join(lines) + "\n--skip-missing runs the rest")
+    if not plan.trials:
+        raise AdgridError(f"{space_path}: nothing can run, everything it names is missing")
+    store = Store(options.root)
+    settings = RunSettings(
+        root=store.root,
+        places=options.places,
+        run_id=plan.run_id,
+        command=command,
+        invocation=uuid.uuid4().hex,
+        cache_gib=options.cache_gib,
+        save_fitted=options.save_fitted,
+        pictures=options.pictures,
+    )
+    store.publish(f"runs/{plan.run_id}/space.json", canonical_json(plan.space.model_dump(mode="json")).encode())
+    store.publish(f"runs/{plan.run_id}/plan.json", canonical_json(_plan_record(plan, command)).encode())
+    known = store.load_rows(plan.cell_ids)
+    open_trials = [
+        trial
+        for trial in plan.trials
+        if any(cell.cell_id not in known or known[cell.cell_id].status != "ok" for cell in trial.cells)
+    ]
+    tracker = _Tracker(options, store, plan)
+    computed: list[ResultRow] = []
+    if open_trials:
+        done = sum(row.status == "ok" for row in known.values())
+        computed = _run_open_trials(open_trials, settings, options, console, len(plan.cell_ids), done, tracker)
+    store.fold_rows()
+    rows = store.load_rows(plan.cell_ids)
+    ordered = tuple(rows[cell_id] for cell_id in plan.cell_ids if cell_id in rows)
+    files = remake_report(
+        store, plan.run_id, ordered, title=plan.space.name, command=command, expected=len(plan.cell_ids)
+    )
+    tracker.finish(ordered, files)
+    return Outcome(
+        plan=plan,
+        rows=ordered,
+        num_computed=len(computed),
+        run_folder=f"{store.root}/runs/{plan.run_id}",
+        tracking_uri=tracker.uri,
+        notes=tuple(tracker.notes),
+    )
+
+
+def _run_open_trials(
+    trials: Sequence[Trial],
+    settings: RunSettings,
+    options: RunOptions,
+    console: Console,
+    num_cells: int,
+    num_done: int,
+    tracker: _Tracker,
+) -> list[ResultRow]:
+    # Imported here: a run that finds everything done never starts Ray, nor pays for importing it.
+    from harness.sweep import check_resources, connect, run_trials
+
+    with ExitStack() as stack:
+        with console.status("starting Ray"):
+            resources = stack.enter_context(connect(options.address, options.num_cpus))
+        check_resources(trials, resources)
+        board = stack.enter_context(ProgressBoard(console, num_cells, num_done, len(trials)))
+        return run_trials(trials, settings, [board, tracker])
+
+
+def remake_report(
+    store: Store, run_id: str, rows: Sequence[ResultRow], title: str, command: str, expected: int
+) -> list[Path]:
+    """Writes tables and pictures of a run into its folder and returns them as local files."""
+    folder = store.local_path(f"runs/{run_id}/report")
+    if folder is not None:
+        return write_report(folder, rows, title=title, command=command, expected_cells=expected)
+    temporary = Path(tempfile.mkdtemp(prefix="adgrid-report-"))
+    files = write_report(temporary, rows, title=title, command=command, expected_cells=expected)
+    for file in files:
+        store.publish(f"runs/{run_id}/report/{file.relative_to(temporary)}", file.read_bytes())
+    return files
+
+
+def run_space(space: str | Path, *, quiet: bool = False, **options: object) -> pd.DataFrame:
+    """Runs a search space and returns one row per cell, as `adgrid run` does.
+
+    Args:
+        space: path of the YAML file.
+        quiet: show no progress.
+        options: fields of `RunOptions`.
+    """
+    chosen = RunOptions(**options)  # type: ignore[arg-type]
+    outcome = execute(str(space), chosen, Console(quiet=quiet), f"run_space({str(space)!r})")
+    return rows_frame(outcome.rows)
+
+
+def _plan_record(plan: Plan, command: str) -> dict[str, object]:
+    return {"name": plan.space.name, "run_id": plan.run_id, "command": command, "cell_ids": plan.cell_ids}
+
+
+class _Tracker(Listener):
+    """Mirrors rows to MLflow while trials end; an unreachable server costs one note, never a result."""
+
+    def __init__(self, options: RunOptions, store: Store, plan: Plan) -> None:
+        self.notes: list[str] = []
+        self.uri = default_tracking_uri(options, store)
+        self._plan = plan
+        self._rows: dict[str, ResultRow] = {}
+        self._mirror: Mirror | None = None
+        if self.uri is not None:
+            self._try(lambda: self._open(str(self.uri), options.experiment))
+
+    def _open(self, uri: str, experiment: str) -> None:
+        self._mirror = Mirror(uri, experiment)
+
+    def finished(self, trial: Trial, row: ResultRow) -> None:
+        self._rows[row.cell_id] = row
+
+    def ended(self, trial: Trial) -> None:
+        rows = [self._rows[cell.cell_id] for cell in trial.cells if cell.cell_id in self._rows]
+        self._sync(rows, [], finished=False)
+
+    def finish(self, rows: Sequence[ResultRow], files: Sequence[Path]) -> None:
+        self._sync(rows, files, finished=True)
+
+    def _sync(self, rows: Sequence[ResultRow], files: Sequence[Path], finished: bool) -> None:
+        mirror = self._mirror
+        if mirror is not None:
+            params = {"space": self._plan.space.name, "cells": str(len(self._plan.cell_ids))}
+            self._try(lambda: mirror.sync(self._plan.space.name, self._plan.run_id, rows, files, params, finished))
+
+    def _try(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except TrackingUnavailable as error:
+            self._mirror = None
+            self.notes.append(f"MLflow: {error}; the rows are saved, and the same command mirrors them later")
+
+
+def default_tracking_uri(options: RunOptions, store: Store) -> str | None:
+    """The URI to mirror to: as told, else a SQLite file in a local root, else none."""
+    if options.tracking_uri == "off":
+        return None
+    if options.tracking_uri is not None:
+        return options.tracking_uri
+    database = store.local_path("mlflow.db")
+    return None if database is None else f"sqlite:///{database}"

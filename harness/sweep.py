@@ -1,0 +1,187 @@
+"""The home of Ray Tune: decides where and when trials run, and survives the workers they run on.
+
+A trial's own code saves its rows; what comes back here are those rows and notes of progress, never maps or features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray import tune
+
+from harness.contracts import AdgridError, Resources, ResultRow, RunSettings, Trial
+from harness.progress import Listener
+from harness.rows import unfinished_row
+from harness.store import Store
+from harness.trial import MAX_ATTEMPTS, run_trial
+
+NOTE_SECONDS = 1.0
+"""Least time between two notes of progress from one trial."""
+
+
+@contextmanager
+def connect(address: str | None, num_cpus: int | None = None) -> Iterator[Mapping[str, float]]:
+    """Joins a cluster, or starts a local Ray and stops it afterwards; a Ray that already runs here is used as it is.
+
+    Args:
+        address: `auto`, `HOST:PORT` or `ray://...`; None starts one on this machine.
+        num_cpus: processor cores of a Ray started here; None for all.
+
+    Yields:
+        The resources of the cluster.
+    """
+    if ray.is_initialized():
+        yield ray.cluster_resources()
+        return
+    # A local Ray listens on this machine's addresses, so it keeps its token; Ray wants the mode said, see `ray start`.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # One OpenMP thread per worker spins away the other workers' time at barriers unless it is told to sleep.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DISABLE_DOCKER_CPU_WARNING", "1")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
+    else:
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise AdgridError(
+            f"--address {address}: no Ray cluster answers ({error}); start one or leave it out"
+        ) from error
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+def check_resources(trials: Sequence[Trial], available: Mapping[str, float]) -> None:
+    """Raises AdgridError if a trial asks for more than the whole cluster has, which would wait for ever."""
+    for trial in trials:
+        for name, wanted in _bundle(trial.resources).items():
+            if wanted > available.get(name, 0.0):
+                field = {"CPU": "cpu", "GPU": "gpu", "memory": "memory_gib"}[name]
+                raise AdgridError(
+                    f"resources.{field}: a trial of {trial.method!r} asks for {wanted:g} {name}, the cluster has "
+                    f"{available.get(name, 0.0):g}; lower resources.{field} or add nodes"
+                )
+
+
+def run_trials(trials: Sequence[Trial], settings: RunSettings, listeners: Sequence[Listener]) -> list[ResultRow]:
+    """Runs trials through Ray Tune and returns the rows of this start, one per cell that was not finished before.
+
+    A trial whose worker is killed is started again and goes on with what is missing; a cell whose worker dies every
+    time becomes a failed row. Ray must be connected.
+    """
+    if not trials:
+        return []
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C reaches the caller; every finished row is saved already
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    relay = _Relay(trials, listeners)
+    with tempfile.TemporaryDirectory(prefix="adgrid-tune-") as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(_run_in_worker, trials=list(trials), settings=settings),
+                lambda config: tune.PlacementGroupFactory([_bundle(trials[config["trial"]].resources)]),
+            ),
+            param_space={"trial": tune.grid_search(list(range(len(trials))))},
+            tune_config=tune.TuneConfig(
+                reuse_actors=True, trial_dirname_creator=lambda trial: trial.trial_id, max_concurrent_trials=0
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=folder,
+                verbose=0,
+                callbacks=[relay],
+                failure_config=tune.FailureConfig(
+                    max_failures=MAX_ATTEMPTS * max(len(trial.cells) for trial in trials)
+                ),
+            ),
+        )
+        results = tuner.fit()
+    store = Store(settings.root)
+    for result in results:
+        trial = trials[result.config["trial"]]
+        rows = relay.rows[trial.trial_id]
+        lost = [cell for cell in trial.cells if cell.cell_id not in rows]
+        saved = store.load_rows(cell.cell_id for cell in lost)
+        for cell in lost:
+            row = saved.get(cell.cell_id)
+            if row is None or row.status != "ok":
+                reason = f"the trial's worker was lost: {result.error or 'it ended without a row for this cell'}"
+                row = unfinished_row(trial, cell, "failed", reason, settings)
+                store.publish_row(row)
+                relay.finished(trial, row)
+            rows[cell.cell_id] = row
+    store.forget_attempts(settings.invocation)
+    return [row for rows in relay.rows.values() for row in rows.values()]
+
+
+def _bundle(resources: Resources) -> dict[str, float]:
+    bundle = {"CPU": resources.cpu, "GPU": resources.gpu, "memory": resources.memory_gib * 2**30}
+    return {name: amount for name, amount in bundle.items() if amount}
+
+
+def _run_in_worker(config: dict[str, Any], trials: list[Trial], settings: RunSettings) -> None:
+    """What a Tune worker executes: one trial, a report per row and now and then one of progress."""
+    import torch
+
+    trial = trials[config["trial"]]
+    # Ray sets OMP_NUM_THREADS, but torch has read it long before a reused worker gets its next trial.
+    torch.set_num_threads(max(1, int(trial.resources.cpu)))
+    last = 0.0
+
+    def notify(category: str, stage: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= NOTE_SECONDS:
+            last = time.monotonic()
+            tune.report({"note": [category, stage, done, total]})
+
+    for row in run_trial(trial, settings, notify):
+        tune.report({"row": dataclasses.asdict(row)})
+    tune.report({"ended": True})
+
+
+class _Relay(tune.Callback):
+    """Hands what Tune hears to the listeners, as our own types."""
+
+    def __init__(self, trials: Sequence[Trial], listeners: Sequence[Listener]) -> None:
+        self._trials, self._listeners = trials, listeners
+        self.rows: dict[str, dict[str, ResultRow]] = {trial.trial_id: {} for trial in trials}
+
+    def finished(self, trial: Trial, row: ResultRow) -> None:
+        self.rows[trial.trial_id][row.cell_id] = row
+        for listener in self._listeners:
+            listener.finished(trial, row)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        for listener in self._listeners:
+            listener.started(self._ours(trial))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "row" in result:
+            self.finished(self._ours(trial), ResultRow(**result["row"]))
+        elif "note" in result:
+            for listener in self._listeners:
+                listener.noted(self._ours(trial), *result["note"])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        for listener in self._listeners:
+            listener.ended(self._ours(trial))
+
+    on_trial_error = on_trial_complete
+
+    def _ours(self, trial: Any) -> Trial:
+        return self._trials[trial.config["trial"]]

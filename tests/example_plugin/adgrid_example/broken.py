@@ -1,0 +1,57 @@
+"""A method that goes wrong on purpose, in one category, in each way that a harness must survive."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from adgrid_example.methods import FeatureMean
+from harness.contracts import Prediction
+
+METHOD_VERSION = 1
+
+
+class Broken(FeatureMean):
+    """The mean method, until it reads the unlucky category."""
+
+    summary = "toy: goes wrong in one category"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        how: Literal["fit", "predict", "nan", "kill", "kill_once", "slow", "memory"] = "fit"
+        category: str = ""
+        """Category in which it goes wrong."""
+        note: str = ""
+        """File that remembers how often it was fitted there."""
+        scale: float = 1.0
+
+    def fit(self, train):
+        super().fit(train)
+        if self.context.categories != (self.config.category,):
+            return
+        if self.config.note:
+            with Path(self.config.note).open("a") as file:
+                file.write("fit\n")
+        if self.config.how == "fit":
+            raise RuntimeError("the fit was told to fail")
+        if self.config.how == "memory":
+            raise MemoryError("cannot allocate")
+        first = self.config.note and Path(self.config.note).read_text().count("fit") == 1
+        if self.config.how == "kill" or (self.config.how == "kill_once" and first):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.config.how == "slow":
+            time.sleep(60)
+
+    def predict(self, batch):
+        prediction = super().predict(batch)
+        if self.context.categories != (self.config.category,):
+            return prediction
+        if self.config.how == "predict":
+            raise RuntimeError("the prediction was told to fail")
+        if self.config.how == "nan":
+            return Prediction(anomaly_map=torch.full_like(prediction.anomaly_map, float("nan")))
+        return prediction

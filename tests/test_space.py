@@ -1,0 +1,118 @@
+import pytest
+
+from harness.contracts import AdgridError
+from harness.space import grid_points, load_space, parse_space
+
+SPACE = """
+name: small
+methods:
+  - padim
+  - {name: patchcore, params: {coreset_ratio: [0.01, 0.1]}}
+backbones: [tf_efficientnet_lite0, tf_efficientnet_lite1]
+datasets:
+  - generated
+  - {name: elpv, shots: 4}
+seeds: [0, 1]
+"""
+
+
+def test_a_list_is_a_grid_axis():
+    points = grid_points(parse_space(SPACE))
+    # (padim + 2 ratios) x 2 backbones x 2 datasets x 2 seeds
+    assert len(points) == 3 * 2 * 2 * 2
+    assert {point.params.get("coreset_ratio") for point in points} == {None, 0.01, 0.1}
+    assert {(point.dataset.name, point.shots) for point in points} == {("generated", None), ("elpv", 4)}
+
+
+def test_exclude_removes_what_matches_all_of_a_rule():
+    text = SPACE + "exclude:\n  - {method: padim, backbone: [tf_efficientnet_lite1]}\n  - {params.coreset_ratio: 0.1}\n"
+    points = grid_points(parse_space(text))
+    assert len(points) == (2 * 2 * 2) * 2 - 2 * 2
+    assert not [p for p in points if p.method.name == "padim" and p.backbone.name == "tf_efficientnet_lite1"]
+    assert {p.params.get("coreset_ratio") for p in points} == {None, 0.01}
+
+
+def test_include_adds_a_grid_and_no_doubles():
+    text = SPACE + "include:\n  - {methods: [padim], seeds: [0, 7], datasets: [generated]}\n"
+    points = grid_points(parse_space(text))
+    extra = [p for p in points if p.seed == 7]
+    assert len(points) == 24 + 2
+    assert {p.backbone.name for p in extra} == {"tf_efficientnet_lite0", "tf_efficientnet_lite1"}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("name: small", "nam: small"), ["unknown key 'nam'", "did you mean 'name'", "line 2"]),
+        (("- padim", "- padin"), ["unknown method 'padin'", "did you mean 'padim'", "line 4", "methods[0]"]),
+        (("coreset_ratio", "coreset_ration"), ["coreset_ration", "did you mean 'coreset_ratio'", "line 5"]),
+        (("[0.01, 0.1]", "[0.01, 1.5]"), ["coreset_ratio", "(0, 1]", "line 5"]),
+        (("[0.01, 0.1]", "[]"), ["coreset_ratio", "empty list"]),
+        (("[0.01, 0.1]", "{loguniform: [0.01, 1]}"), ["coreset_ratio", "value or a list"]),
+        (("- generated", "- generatd"), ["unknown dataset layout 'generatd'", "generated", "layout: folder", "line 8"]),
+        (("shots: 4", "shot: 4"), ["unknown key 'shot'", "'shots'", "line 9"]),
+        (("shots: 4", "shots: none"), ["datasets[1].shots", "line 9", "'none'"]),
+        (("seeds: [0, 1]", "seeds: [-1]"), ["seeds[0]", "line 10", "-1"]),
+        (("seeds: [0, 1]", "protocol: {aupro_limit: 30}"), ["protocol.aupro_limit", "30", "line 10"]),
+        (("seeds: [0, 1]", "protocol: {smooth: 4}"), ["unknown key 'smooth'", "smoothing", "line 10"]),
+        (("seeds: [0, 1]", "representations: [adpretrain]"), ["unknown representation 'adpretrain'", "plain", "line 10"]),
+        (("seeds: [0, 1]", "exclude: [{methd: padim}]"), ["unknown axis 'methd'", "'method'", "line 10"]),
+        (("seeds: [0, 1]", "resources: {cpu: 0}"), ["cpu or gpu"]),
+        (("seeds: [0, 1]", "protocol: {image_size: 224, resize: 200}"), ["resize 200", "224"]),
+        (("[tf_efficientnet_lite0, tf_efficientnet_lite1]", "[resnet18, resnet18]"), ["'resnet18' stands there twice"]),
+        (("methods:", "methods: ["), ["not valid YAML"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(change, expected):
+    text = SPACE.replace(*change, 1)
+    assert text != SPACE
+    with pytest.raises(AdgridError) as error:
+        grid_points(parse_space(text, "space.yaml"))
+    for part in expected:
+        assert part in str(error.value), str(error.value)
+
+
+def test_a_space_that_is_no_mapping_or_no_file_is_refused(tmp_path):
+    with pytest.raises(AdgridError, match="mapping"):
+        parse_space("- padim", "list.yaml")
+    with pytest.raises(AdgridError, match="cannot be read"):
+        load_space(tmp_path / "absent.yaml")
+
+
+def test_set_narrows_an_axis_and_keeps_the_entries_settings():
+    space = parse_space(SPACE, overrides=["methods=patchcore", "datasets=elpv", "seeds=3"])
+    points = grid_points(space)
+    assert {(p.method.name, p.dataset.name, p.shots, p.seed) for p in points} == {("patchcore", "elpv", 4, 3)}
+    assert {p.params["coreset_ratio"] for p in points} == {0.01, 0.1}
+
+
+def test_set_reaches_into_entries_and_protocol():
+    space = parse_space(SPACE, overrides=["methods.patchcore.params.coreset_ratio=0.5", "protocol.aupro_limit=0.05"])
+    assert space.protocol.aupro_limit == 0.05
+    assert space.methods[1].params == {"coreset_ratio": 0.5}
+    assert parse_space(SPACE, overrides=["backbones=resnet18,resnet50"]).backbones[1].name == "resnet50"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seeds", "axis=value"),
+        ("methods.padin.params.epsilon=1", "did you mean 'padim'"),
+        ("protocol.aupro_limit=7", "--set protocol.aupro_limit=7"),
+        ("seeds.0=1", "no entry"),
+        ("colour=red", "unknown key 'colour'"),
+    ],
+)
+def test_a_wrong_override_is_named(override, expected):
+    with pytest.raises(AdgridError, match=".*") as error:
+        parse_space(SPACE, overrides=[override])
+    assert expected in str(error.value)
+
+
+def test_every_shipped_space_is_valid():
+    from pathlib import Path
+
+    files = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert grid_points(load_space(file))
