@@ -20,8 +20,8 @@ def run_space(space: str, **options: Any) -> pd.DataFrame:
 
     Args:
         space: path of the YAML file.
-        options: the keyword arguments of `harness.sweep.run_space`.
+        options: the keyword arguments of `harness.run.run_space`.
     """
-    from harness.sweep import run_space as run
+    from harness.run import run_space as run
 
     return run(space, **options)

@@ -156,7 +156,7 @@ def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
     plan = plan_run(parsed.space, _options(parsed), console)
     store = Store(parsed.root)
     rows = store.load_rows()
-    predictions = {name.removesuffix(".arrow") for name in store.list("predictions")}
+    predictions = {name.removesuffix(".arrow") for name in store.names("predictions")}
     table = Table(
         title=f"{plan.space.name}: {len(plan.trials)} trials, {len(plan.cell_ids)} cells", title_justify="left"
     )

@@ -155,7 +155,11 @@ class FittedMethod:
             if state is not None:
                 stage.load_state_dict(state)
                 continue
-            train_stage(stage, train, seed, lambda done, total, _, name=stage.name: self._notify(name, done, total))
+
+            def report(done: int, total: int, loss: float, name: str = stage.name) -> None:
+                self._notify(f"{name}, loss {loss:.4g}, epoch", done, total)
+
+            train_stage(stage, train, seed, report)
             self._store.publish_state(artifact, stage.state_dict())
 
     def _machine(self) -> dict[str, str]:

@@ -111,7 +111,7 @@ def resolve_preprocessing(protocol: EvaluationProtocol, backbone: ResolvedBackbo
     interpolation: Any = protocol.interpolation
     if interpolation == "backbone":
         interpolation = "bilinear" if backbone is None else backbone.interpolation
-    return Preprocessing(image_size=tuple(protocol.image_size), resize=protocol.resize, interpolation=interpolation)
+    return Preprocessing(image_size=protocol.image_size, resize=protocol.resize, interpolation=interpolation)
 
 
 def resolve_protocol(

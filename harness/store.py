@@ -109,7 +109,7 @@ class Store:
         """Whether something was published under `key`."""
         return self._fs.get_file_info(self._path(key)).type == pyarrow.fs.FileType.File
 
-    def list(self, prefix: str) -> list[str]:
+    def names(self, prefix: str) -> list[str]:
         """Names of the files right below the folder `prefix`, sorted; temporary files are left out."""
         selector = pyarrow.fs.FileSelector(self._path(prefix), allow_not_found=True)
         files = (info.base_name for info in self._fs.get_file_info(selector) if info.type == pyarrow.fs.FileType.File)
@@ -142,17 +142,17 @@ class Store:
 
     def _all_rows(self, wanted: set[str] | None) -> Iterator[ResultRow]:
         # Singles first: folding publishes the segment before it deletes singles, so no row is missed in between.
-        for name in self.list("rows/new"):
+        for name in self.names("rows/new"):
             if wanted is None or name.split(".", 1)[0] in wanted:
                 with contextlib.suppress(FileNotFoundError):
                     yield from _rows_from_parquet(self.read(f"rows/new/{name}"))
-        for name in self.list("rows/segments"):
+        for name in self.names("rows/segments"):
             with contextlib.suppress(FileNotFoundError):
                 yield from _rows_from_parquet(self.read(f"rows/segments/{name}"), wanted)
 
     def fold_rows(self, at_least: int = 64) -> int:
         """Folds the single rows into one segment file and returns how many; does nothing for fewer than `at_least`."""
-        names = self.list("rows/new")
+        names = self.names("rows/new")
         if len(names) < at_least:
             return 0
         rows = []

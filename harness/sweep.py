@@ -110,7 +110,9 @@ def run_trials(trials: Sequence[Trial], settings: RunSettings, listeners: Sequen
         )
         results = tuner.fit()
     store = Store(settings.root)
-    for result in results:
+    for number in range(len(results)):
+        result = results[number]
+        assert result.config is not None
         trial = trials[result.config["trial"]]
         rows = relay.rows[trial.trial_id]
         lost = [cell for cell in trial.cells if cell.cell_id not in rows]

@@ -63,8 +63,8 @@ def test_folding_keeps_every_row_and_leaves_one_file(store):
         store.publish_row(row)
     assert store.fold_rows(at_least=20) == 0
     assert store.fold_rows(at_least=2) == 10
-    assert store.list("rows/new") == []
-    assert len(store.list("rows/segments")) == 1
+    assert store.names("rows/new") == []
+    assert len(store.names("rows/segments")) == 1
     assert store.load_rows() == {row.cell_id: row for row in rows}
     store.publish_row(make_row("c0", time="2026-03-01"))
     assert store.load_rows()["c0"].status == "ok"
@@ -124,7 +124,7 @@ def test_a_killed_writer_leaves_the_old_bytes_and_no_half_file(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9
     assert store.read("rows/new/a.ok.parquet") == b"old"
-    assert store.list("rows/new") == ["a.ok.parquet"]
+    assert store.names("rows/new") == ["a.ok.parquet"]
 
 
 def test_a_full_disk_keeps_the_old_bytes_and_is_told(tmp_path, monkeypatch):
@@ -138,7 +138,7 @@ def test_a_full_disk_keeps_the_old_bytes_and_is_told(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         store.publish("key", b"new")
     assert store.read("key") == b"old"
-    assert store.list("") == ["key"]
+    assert store.names("") == ["key"]
 
 
 def test_a_root_that_cannot_be_made_is_named(tmp_path):

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
 from harness.contracts import AdgridError, Category, LayoutProblem, Places, Sample
@@ -70,6 +71,8 @@ class LayoutDataset:
     citation: ClassVar[str]
     tree: ClassVar[str]
     """Path below the root by which a category is known, such as `<category>/train/good`."""
+    obtain: ClassVar[str] = "download it from {home_page} and unpack it"
+    """What to do to have the data; `{home_page}` is filled in."""
     expected: ClassVar[Mapping[str, Counts]] = {}
     """Published counts per category; empty where there are none to compare with."""
 
@@ -97,30 +100,27 @@ class LayoutDataset:
     def locate_problem(self) -> LayoutProblem | None:
         """Why no category can be found under the root, or None when at least one is there."""
         target = self.root or f"DATA/{self.name}"
-        obtain = f"obtain it ({self.home_page}) and place it so that {target}/{self.tree} exists"
+        place = f"{self.obtain.format(home_page=self.home_page)}, so that {target}/{self.tree} exists"
         if not self.root:
-            return LayoutProblem(
-                category="",
-                what="no folder was named for it",
-                remedy=f"pass --data-root DATA or give it a root; {obtain}",
-            )
+            remedy = f"pass --data-root DATA or give the dataset a root; {place}"
+            return LayoutProblem(category="", what="nobody named its folder", remedy=remedy)
         if self.category_names():
             return None
         better = self._find_better_root()
         if better is not None:
-            level = "low" if f"{self.root}/".startswith(f"{better}/") else "high"
+            level = "low" if self.root.startswith(f"{better}/") else "high"
             or_parent = f", or {_parent(better)} as --data-root" if _base_name(better) == self.name else ""
             return LayoutProblem(
                 category="",
-                what=f"the root {self.root} is given too {level}: its categories lie in {better}",
+                what=f"its root {self.root} is too {level} in the tree: the categories lie in {better}",
                 remedy=f"name {better} as its root{or_parent}",
             )
         if not is_folder(self.root):
-            return LayoutProblem(category="", what=f"there is no folder {self.root}", remedy=obtain)
+            return LayoutProblem(category="", what=f"there is no folder {self.root}", remedy=place)
         folders = list_folders(self.root)
         seen = f"its folders are {_some(folders)}" if folders else "it has no folders"
         return LayoutProblem(
-            category="", what=f"{self.root} has no category (looked for {self.tree}; {seen})", remedy=obtain
+            category="", what=f"{self.root} has no category (looked for {self.tree}; {seen})", remedy=place
         )
 
     def missing(self) -> str | None:
@@ -132,9 +132,8 @@ class LayoutDataset:
         """All categories under the root, sorted; empty when the data is missing."""
         if not self.root:
             return ()
-        return tuple(
-            sorted(unify_name(name) for name in list_folders(self.root) if self.is_category(f"{self.root}/{name}"))
-        )
+        folders = [name for name in list_folders(self.root) if self.is_category(f"{self.root}/{name}")]
+        return tuple(sorted(unify_name(name) for name in folders))
 
     def category_folder(self, name: str) -> str:
         """Path of a category, whose folder may spell an accent another way than the search space does."""
@@ -206,19 +205,18 @@ class LayoutDataset:
             if self.is_category(folder) or (_base_name(parent) == self.name and self._holds_categories(parent)):
                 return parent
             folder = parent
-        # Below a root that exists any folder will do; beside one that does not, only one with the dataset's name.
+        # Below a root that exists any folder will do, best one with the dataset's name; beside a missing root only such.
         exists = is_folder(self.root)
         level = [self.root if exists else _parent(self.root)]
+        found: list[str] = []
         looked_into = 0
         for _ in range(2):
             level = [f"{folder}/{name}" for folder in level if folder for name in list_folders(folder)]
-            for folder in level:
-                looked_into += 1
-                if looked_into > _FOLDERS_LOOKED_INTO:
-                    return None
-                if (exists or _base_name(folder) == self.name) and self._holds_categories(folder):
-                    return folder
-        return None
+            level = level[: _FOLDERS_LOOKED_INTO - looked_into]
+            looked_into += len(level)
+            found += [folder for folder in level if self._holds_categories(folder)]
+        named = [folder for folder in found if _base_name(folder) == self.name]
+        return next(iter(named or (found if exists else ())), None)
 
     def _holds_categories(self, folder: str) -> bool:
         return any(self.is_category(f"{folder}/{name}") for name in list_folders(folder))
@@ -307,9 +305,7 @@ def compare_counts(category: Category, expected: Counts | None) -> list[LayoutPr
         LayoutProblem(
             category=category.name,
             what=f"{part}: {found[part]} images where {wanted[part]} are published",
-            remedy="copy the missing images again"
-            if found[part] < wanted[part]
-            else "remove the images that are extra",
+            remedy="copy the missing images again" if found[part] < wanted[part] else "remove those that are extra",
         )
         for part in sorted(found.keys() | wanted.keys())
         if found[part] != wanted[part]
@@ -340,9 +336,7 @@ def check_files(category: Category, decode: bool) -> list[LayoutProblem]:
     """
     samples = (*category.train, *category.test)
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1)), thread_name_prefix="check") as pool:
-        return [
-            problem for found in pool.map(lambda sample: _check_sample(sample, decode), samples) for problem in found
-        ]
+        return list(chain.from_iterable(pool.map(lambda sample: _check_sample(sample, decode), samples)))
 
 
 def _check_sample(sample: Sample, decode: bool) -> list[LayoutProblem]:

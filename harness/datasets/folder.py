@@ -25,9 +25,10 @@ class Folder(LayoutDataset):
 
     summary = "your own images in the layout of MVTec AD (train/good, test/<defect>, ground_truth/<defect>)"
     licence = "that of your data"
-    home_page = "layout as in https://www.mvtec.com/company/research/datasets/mvtec-ad"
+    home_page = "https://www.mvtec.com/company/research/datasets/mvtec-ad"
     citation = "layout: P. Bergmann et al., MVTec AD, CVPR 2019"
     tree = "<category>/train/good"
+    obtain = "bring your images into the layout of MVTec AD ({home_page})"
 
     normal_folder: ClassVar[str] = "good"
     """Name of the folders with normal images."""
@@ -39,34 +40,35 @@ class Folder(LayoutDataset):
     def scan(self, name: str) -> Scan:
         """Lists the images of a category and pairs them with their masks."""
         folder = self.category_folder(name)
+        truth = f"{folder}/ground_truth"
+        mask_folders = {unify_name(defect): f"{truth}/{defect}" for defect in list_folders(truth)}
+        has_masks = is_folder(truth)
         problems: list[LayoutProblem] = []
+
         train = self._list_samples(name, folder, "train", self.normal_folder)
-        problems += self._explain_empty(name, f"{folder}/train/{self.normal_folder}", bool(train), "training")
-        has_masks = is_folder(f"{folder}/ground_truth")
+        if not train:
+            problems.append(_complain_empty(name, f"{folder}/train/{self.normal_folder}", "training"))
         test: list[Sample] = []
         test_folders = list_folders(f"{folder}/test")
-        for defect in test_folders:
-            images = f"{folder}/test/{defect}"
-            samples = self._list_samples(name, folder, "test", defect)
-            problems += self._explain_empty(name, images, bool(samples), "test")
-            if has_masks and samples and defect != self.normal_folder:
-                masks = f"{folder}/ground_truth/{defect}"
-                pairing = pair_masks([_file_name(sample.path) for sample in samples], list_images(masks))
-                problems += describe_pairing(name, pairing, images, masks)
-                samples = [
-                    _with_mask(sample, pairing.mask_of.get(_file_name(sample.path)), masks) for sample in samples
-                ]
-            test += samples
         if not test_folders:
-            problems.append(
-                LayoutProblem(
-                    category=name,
-                    what=f"{folder}/test has no folders, so there are no test images",
-                    remedy=f"copy test/{self.normal_folder} and test/<defect type> again",
-                )
-            )
-        problems += self._find_stray_masks(name, folder, test_folders)
-        category = Category(name=name, train=tuple(_in_order(train)), test=tuple(_in_order(test)), has_masks=has_masks)
+            problems.append(_complain_empty(name, f"{folder}/test", "test"))
+        for kind in test_folders:
+            samples = self._list_samples(name, folder, "test", kind)
+            if not samples:
+                problems.append(_complain_empty(name, f"{folder}/test/{kind}", "test"))
+            elif has_masks and kind != self.normal_folder:
+                masks = mask_folders.get(unify_name(kind), f"{truth}/{kind}")
+                pairing = pair_masks([_file_name(sample.path) for sample in samples], list_images(masks))
+                problems += describe_pairing(name, pairing, f"{folder}/test/{kind}", masks)
+                mask_of = {image: f"{masks}/{mask}" for image, mask in pairing.mask_of.items()}
+                samples = [replace(sample, mask_path=mask_of.get(_file_name(sample.path))) for sample in samples]
+            test += samples
+
+        strays = mask_folders.keys() - {unify_name(kind) for kind in test_folders} - {self.normal_folder}
+        for defect in sorted(strays):
+            pairing = pair_masks([], list_images(mask_folders[defect]))
+            problems += describe_pairing(name, pairing, f"{folder}/test/{defect}", mask_folders[defect])
+        category = Category(name=unify_name(name), train=_in_order(train), test=_in_order(test), has_masks=has_masks)
         return Scan(category=category, problems=tuple(problems))
 
     def _list_samples(self, category: str, folder: str, split: str, kind: str) -> list[Sample]:
@@ -74,7 +76,7 @@ class Folder(LayoutDataset):
         return [
             Sample(
                 path=f"{folder}/{split}/{kind}/{image}",
-                category=category,
+                category=unify_name(category),
                 sample_id=unify_name(f"{split}/{kind}/{image}"),
                 split="train" if split == "train" else "test",
                 label=0 if normal else 1,
@@ -83,45 +85,24 @@ class Folder(LayoutDataset):
             for image in list_images(f"{folder}/{split}/{kind}")
         ]
 
-    def _explain_empty(self, category: str, folder: str, has_images: bool, use: str) -> list[LayoutProblem]:
-        """A complaint about a folder without images, with what it holds instead."""
-        if has_images:
-            return []
-        inside = list_folder(folder)
-        held = f"; it holds {', '.join(entry.name for entry in inside[:3])}" if inside else "; it is empty"
-        return [
-            LayoutProblem(
-                category=category,
-                what=f"{folder} has no {use} images{held}",
-                remedy="copy its images again, directly into it, or remove the folder",
-            )
-        ]
 
-    def _find_stray_masks(self, category: str, folder: str, test_folders: list[str]) -> list[LayoutProblem]:
-        """Complaints about mask folders that no test folder answers to."""
-        known = {unify_name(name) for name in test_folders} | {self.normal_folder}
-        return [
-            LayoutProblem(
-                category=category,
-                what=f"the masks in {folder}/ground_truth/{defect} have no images in {folder}/test/{defect}",
-                remedy="copy the missing images, or remove these masks",
-            )
-            for defect in list_folders(f"{folder}/ground_truth")
-            if unify_name(defect) not in known and list_images(f"{folder}/ground_truth/{defect}")
-        ]
+def _complain_empty(category: str, folder: str, use: str) -> LayoutProblem:
+    """A complaint about a folder without images, with what it holds instead."""
+    inside = ", ".join(entry.name for entry in list_folder(folder)[:3])
+    return LayoutProblem(
+        category=category,
+        what=f"{folder} has no {use} images ({f'it holds {inside}' if inside else 'it is empty or missing'})",
+        remedy="copy its images again, directly into it, or remove it",
+    )
 
 
 def _file_name(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def _with_mask(sample: Sample, mask: str | None, folder: str) -> Sample:
-    return replace(sample, mask_path=f"{folder}/{mask}") if mask else sample
-
-
-def _in_order(samples: list[Sample]) -> list[Sample]:
+def _in_order(samples: list[Sample]) -> tuple[Sample, ...]:
     """By name within the category, so in the same order wherever the data lie."""
-    return sorted(samples, key=lambda sample: sample.sample_id)
+    return tuple(sorted(samples, key=lambda sample: sample.sample_id))
 
 
 DATASET = Folder
