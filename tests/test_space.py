@@ -55,7 +55,10 @@ def test_include_adds_a_grid_and_no_doubles():
         (("seeds: [0, 1]", "seeds: [-1]"), ["seeds[0]", "line 10", "-1"]),
         (("seeds: [0, 1]", "protocol: {aupro_limit: 30}"), ["protocol.aupro_limit", "30", "line 10"]),
         (("seeds: [0, 1]", "protocol: {smooth: 4}"), ["unknown key 'smooth'", "smoothing", "line 10"]),
-        (("seeds: [0, 1]", "representations: [adpretrain]"), ["unknown representation 'adpretrain'", "plain", "line 10"]),
+        (
+            ("seeds: [0, 1]", "representations: [adpretrain]"),
+            ["unknown representation 'adpretrain'", "plain", "line 10"],
+        ),
         (("seeds: [0, 1]", "exclude: [{methd: padim}]"), ["unknown axis 'methd'", "'method'", "line 10"]),
         (("seeds: [0, 1]", "resources: {cpu: 0}"), ["cpu or gpu"]),
         (("seeds: [0, 1]", "protocol: {image_size: 224, resize: 200}"), ["resize 200", "224"]),
@@ -104,7 +107,7 @@ def test_set_reaches_into_entries_and_protocol():
     ],
 )
 def test_a_wrong_override_is_named(override, expected):
-    with pytest.raises(AdgridError, match=".*") as error:
+    with pytest.raises(AdgridError) as error:
         parse_space(SPACE, overrides=[override])
     assert expected in str(error.value)
 

@@ -73,7 +73,9 @@ def test_folding_keeps_every_row_and_leaves_one_file(store):
 def test_predictions_come_back_bit_for_bit(store):
     maps = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
     for scores in (None, np.array([1, 2, 3], np.float32)):
-        stored = StoredPrediction(paths=("a", "b", "c"), anomaly_maps=maps, image_scores=scores, facts={"costs": {"x": 1}})
+        stored = StoredPrediction(
+            paths=("a", "b", "c"), anomaly_maps=maps, image_scores=scores, facts={"costs": {"x": 1}}
+        )
         store.publish_prediction("p", stored)
         back = store.load_prediction("p")
         assert back.paths == stored.paths

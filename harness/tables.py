@@ -1,0 +1,421 @@
+"""Matrices of results and their text forms: CSV, JSON, Markdown, LaTeX and the terminal.
+
+A matrix is computed in `harness/report.py` and drawn in `harness/figures.py`; here it is only written down. Rates are in
+[0, 1] in the matrix, in CSV and in JSON; percent with one decimal appears only in what people read.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from harness.contracts import ResultRow
+
+NOT_AVAILABLE = "n/a"
+"""Printed where a metric does not exist, such as a pixel metric of a dataset without masks."""
+NO_BACKBONE = "–"
+"""Printed as the backbone of a method that uses none."""
+
+Rank = Literal["", "best", "second"]
+
+_MARKS = "†‡§¶"
+_VIRIDIS = (
+    (68, 1, 84),
+    (71, 45, 123),
+    (59, 82, 139),
+    (44, 114, 142),
+    (33, 145, 140),
+    (40, 174, 128),
+    (94, 201, 98),
+    (173, 220, 48),
+    (253, 231, 37),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixCell:
+    """One number of a matrix, or what stands in its place."""
+
+    state: Literal["value", "hole", "unavailable"]
+    """`hole`: a row behind the number is failed, skipped, stopped or missing. `unavailable`: the metric does not exist."""
+    value: float | None = None
+    """Mean over the categories, then over the seeds; a rate in [0, 1]. None unless `state` is `value`."""
+    std: float | None = None
+    """Sample standard deviation (divisor n - 1) of the seeds' means; None for a single seed."""
+    note: str = ""
+    """Why there is no number, in a few words: `1 of 2 failed`."""
+    reason: str = ""
+    """The first reason that a row behind a hole gives, with its category."""
+    stamps: tuple[str, ...] = ()
+    """What must be told beside the number; the union over its rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixRow:
+    """One line of a matrix."""
+
+    labels: tuple[str, ...]
+    """One text per entry of the matrix's `header`."""
+    cells: tuple[MatrixCell, ...]
+    """One per entry of the matrix's `columns`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """One metric under one evaluation protocol: rows are methods with their backbones, columns datasets or categories."""
+
+    metric: str
+    """Name in `METRICS`."""
+    title: str
+    """Name as people read it, such as `Image AUROC`."""
+    dataset: str | None = None
+    """The dataset whose categories are the columns; None where the columns are datasets."""
+    protocol_id: str
+    protocol: str
+    """The evaluation protocol in words."""
+    common: tuple[str, ...] = ()
+    """Settings that all rows share and that differ from the usual, such as `4 shots`."""
+    header: tuple[str, ...]
+    """Names of the label columns: method, backbone and whatever else varies."""
+    columns: tuple[str, ...]
+    rows: tuple[MatrixRow, ...]
+    cells_done: int
+    """Result rows with a number."""
+    cells_expected: int
+    """Result rows that a complete matrix would have: every category and seed that any row of a method asks for."""
+
+    @property
+    def subject(self) -> str:
+        """What one number is about: `mean over categories`, or the dataset's name."""
+        return "mean over categories" if self.dataset is None else self.dataset
+
+    @property
+    def stamps(self) -> tuple[str, ...]:
+        """Every stamp of every cell, each once, in order of appearance."""
+        return tuple(dict.fromkeys(stamp for row in self.rows for cell in row.cells for stamp in cell.stamps))
+
+    @property
+    def shared_stamps(self) -> tuple[str, ...]:
+        """Stamps that every number carries."""
+        numbers = [cell for row in self.rows for cell in row.cells if cell.state == "value"]
+        return tuple(stamp for stamp in self.stamps if numbers and all(stamp in cell.stamps for cell in numbers))
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """Footnote mark of each stamp that only some numbers carry."""
+        some = [stamp for stamp in self.stamps if stamp not in self.shared_stamps]
+        return {stamp: _MARKS[number % 4] * (number // 4 + 1) for number, stamp in enumerate(some)}
+
+    @property
+    def holes(self) -> list[tuple[MatrixRow, str, MatrixCell]]:
+        """Every hole with its row and the name of its column."""
+        return [
+            (row, column, cell)
+            for row in self.rows
+            for column, cell in zip(self.columns, row.cells, strict=True)
+            if cell.state == "hole"
+        ]
+
+    @property
+    def values(self) -> list[float]:
+        """All numbers of the matrix, row by row."""
+        return [cell.value for row in self.rows for cell in row.cells if cell.value is not None]
+
+    def ranks(self) -> list[list[Rank]]:
+        """Best and second best of each column, compared as printed so that ties share a rank; none in a lone row."""
+        ranks: list[list[Rank]] = [[""] * len(self.columns) for _ in self.rows]
+        for column in range(len(self.columns)):
+            printed = [_rounded(row.cells[column].value) for row in self.rows]
+            order = sorted({value for value in printed if value is not None}, reverse=True)
+            if sum(value is not None for value in printed) < 2:
+                continue
+            names: dict[int, Rank] = dict(zip(order, ("best", "second"), strict=False))  # type: ignore[arg-type]
+            for number, value in enumerate(printed):
+                if value is not None:
+                    ranks[number][column] = names.get(value, "")
+        return ranks
+
+    def colour_range(self) -> tuple[float, float]:
+        """Rates at the two ends of the colour scale: the numbers' range, widened to multiples of 0.05."""
+        if not self.values:
+            return 0.0, 1.0
+        low = math.floor(min(self.values) * 20 + 1e-9) / 20
+        high = math.ceil(max(self.values) * 20 - 1e-9) / 20
+        return (low, high) if high > low else (max(low - 0.05, 0.0), min(high + 0.05, 1.0))
+
+
+def _rounded(value: float | None) -> int | None:
+    return None if value is None else round(value * 1000)
+
+
+def format_percent(cell: MatrixCell) -> str:
+    """The number of a cell in percent with one decimal and its spread over seeds, without footnote marks."""
+    if cell.value is None:
+        return NOT_AVAILABLE if cell.state == "unavailable" else f"— ({cell.note})"
+    spread = "" if cell.std is None else f" ± {100 * cell.std:.1f}"
+    return f"{100 * cell.value:.1f}{spread}"
+
+
+def cell_colour(value: float, bounds: tuple[float, float]) -> tuple[int, int, int]:
+    """Colour of a rate on the perceptually uniform viridis scale between `bounds`, as (red, green, blue) of 0-255."""
+    low, high = bounds
+    place = min(max((value - low) / (high - low), 0.0), 1.0) * (len(_VIRIDIS) - 1)
+    left = min(int(place), len(_VIRIDIS) - 2)
+    mix = place - left
+    first, second = _VIRIDIS[left], _VIRIDIS[left + 1]
+    red, green, blue = (round(a + (b - a) * mix) for a, b in zip(first, second, strict=True))
+    return red, green, blue
+
+
+def is_dark(colour: tuple[int, int, int]) -> bool:
+    """Whether white text is easier to read on this colour than black, by the relative luminance of WCAG 2.1."""
+    parts = [part / 255 for part in colour]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179
+
+
+def describe_matrix(matrix: Matrix) -> list[str]:
+    """The sentences that belong under a matrix: protocol, shared settings, footnotes, completeness."""
+    lines = [f"Protocol {matrix.protocol_id}: {matrix.protocol}."]
+    if matrix.common:
+        lines.append(f"All rows: {', '.join(matrix.common)}.")
+    if matrix.shared_stamps:
+        lines.append(f"All numbers: {', '.join(matrix.shared_stamps)}.")
+    lines += [f"{mark} {stamp}." for stamp, mark in matrix.marks.items()]
+    if any(cell.std is not None for row in matrix.rows for cell in row.cells):
+        lines.append("± is the sample standard deviation over seeds.")
+    if matrix.cells_done < matrix.cells_expected:
+        lines.append(f"{matrix.cells_done} of {matrix.cells_expected} cells are done; a hole is never averaged over.")
+    return lines
+
+
+# --- for programs ----------------------------------------------------------------------------------------------
+
+
+def matrix_table(matrix: Matrix) -> tuple[list[str], list[list[Any]]]:
+    """Column names and rows of plain values.
+
+    Rates are in [0, 1], a hole is None and a metric that does not exist is `n/a`. A column `<name>_std` follows where
+    there are several seeds, and `<name>_note` where there are holes.
+    """
+    groups = []
+    for number, name in enumerate(matrix.columns):
+        cells = [row.cells[number] for row in matrix.rows]
+        columns: list[tuple[str, list[Any]]] = [
+            (name, [NOT_AVAILABLE if cell.state == "unavailable" else cell.value for cell in cells])
+        ]
+        if any(cell.std is not None for cell in cells):
+            columns.append((f"{name}_std", [cell.std for cell in cells]))
+        if any(cell.note for cell in cells):
+            columns.append((f"{name}_note", [cell.note or None for cell in cells]))
+        groups += columns
+    header = [*matrix.header, *(name for name, _ in groups)]
+    rows = [[*row.labels, *(values[number] for _, values in groups)] for number, row in enumerate(matrix.rows)]
+    return header, rows
+
+
+def matrix_csv(matrix: Matrix) -> str:
+    """The matrix as CSV with rates in [0, 1]; a hole is an empty field."""
+    header, rows = matrix_table(matrix)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def matrix_json(matrix: Matrix) -> str:
+    """The matrix as a JSON table in pandas' `split` orientation, the form that `mlflow.load_table` reads."""
+    header, rows = matrix_table(matrix)
+    return json.dumps({"columns": header, "data": rows}, ensure_ascii=False)
+
+
+# --- for people ------------------------------------------------------------------------------------------------
+
+
+def matrix_markdown(matrix: Matrix) -> str:
+    """The matrix as a Markdown table in percent, best of each column bold, with its sentences below."""
+    ranks = matrix.ranks()
+    lines = [
+        _markdown_line([*matrix.header, *matrix.columns]),
+        _markdown_line(["---"] * len(matrix.header) + ["---:"] * len(matrix.columns)),
+    ]
+    for row, row_ranks in zip(matrix.rows, ranks, strict=True):
+        texts = []
+        for cell, rank in zip(row.cells, row_ranks, strict=True):
+            text = format_percent(cell)
+            texts.append((f"**{text}**" if rank == "best" else text) + _cell_marks(matrix, cell))
+        lines.append(_markdown_line([*row.labels, *texts]))
+    notes = [_markdown_escape(line) for line in describe_matrix(matrix)]
+    lead = f"**{matrix.title}** in percent, {_markdown_escape(matrix.subject)}; best of each column in bold."
+    return "\n".join([lead, "", *lines, "", *notes]) + "\n"
+
+
+def _markdown_line(texts: Iterable[str]) -> str:
+    return "| " + " | ".join(text if text.startswith("---") else _markdown_escape(text) for text in texts) + " |"
+
+
+def _markdown_escape(text: str) -> str:
+    # Underscores inside words are plain text in CommonMark; only what would break a table or make markup is escaped.
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _cell_marks(matrix: Matrix, cell: MatrixCell) -> str:
+    return "".join(mark for stamp, mark in matrix.marks.items() if stamp in cell.stamps and cell.state == "value")
+
+
+def matrix_latex(matrix: Matrix) -> str:
+    """The matrix as a LaTeX table (package booktabs) in percent, best of each column bold, second underlined."""
+    ranks = matrix.ranks()
+    caption = f"{matrix.title} in %, {matrix.subject}; best of each column in bold, second underlined."
+    label = "-".join(["tab", matrix.metric, *([matrix.dataset] if matrix.dataset else []), matrix.protocol_id])
+    body = [_latex_line([*map(_latex_escape, matrix.header), *map(_latex_escape, matrix.columns)])]
+    body.append("    \\midrule")
+    for row, row_ranks in zip(matrix.rows, ranks, strict=True):
+        texts = []
+        for cell, rank in zip(row.cells, row_ranks, strict=True):
+            text = _latex_escape(format_percent(cell))
+            wrapped = {"best": f"\\textbf{{{text}}}", "second": f"\\underline{{{text}}}", "": text}[rank]
+            marks = _latex_escape(_cell_marks(matrix, cell))
+            texts.append(wrapped + (f"\\textsuperscript{{{marks}}}" if marks else ""))
+        body.append(_latex_line([*map(_latex_escape, row.labels), *texts]))
+    lines = [
+        "\\begin{table}",
+        "  \\centering",
+        f"  \\caption{{{_latex_escape(' '.join([caption, *describe_matrix(matrix)]))}}}",
+        f"  \\label{{{label}}}",
+        f"  \\begin{{tabular}}{{{'l' * len(matrix.header)}{'r' * len(matrix.columns)}}}",
+        "    \\toprule",
+        *body,
+        "    \\bottomrule",
+        "  \\end{tabular}",
+        "\\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_line(texts: Sequence[str]) -> str:
+    return "    " + " & ".join(texts) + " \\\\"
+
+
+_LATEX = {
+    "\\": "\\textbackslash{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "<": "\\textless{}",
+    ">": "\\textgreater{}",
+    "—": "---",
+    "–": "--",
+    "±": "$\\pm$",
+    "×": "$\\times$",
+    "σ": "$\\sigma$",
+    "†": "\\textdagger{}",
+    "‡": "\\textdaggerdbl{}",
+    "§": "\\S{}",
+    "¶": "\\P{}",
+    "\n": " ",
+}
+
+
+def _latex_escape(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def terminal_table(matrix: Matrix) -> Table:
+    """The matrix as a coloured table for a terminal, in percent; best of each column bold and underlined."""
+    table = Table(
+        title=Text(f"{matrix.title} [%], {matrix.subject}", style="bold"),
+        title_justify="left",
+        caption=Text("\n".join(describe_matrix(matrix)), style="dim"),
+        caption_justify="left",
+        header_style="bold",
+        pad_edge=False,
+    )
+    for name in matrix.header:
+        table.add_column(Text(name), no_wrap=True)
+    for name in matrix.columns:
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    bounds = matrix.colour_range()
+    last = ""
+    for row, row_ranks in zip(matrix.rows, matrix.ranks(), strict=True):
+        if last not in ("", row.labels[0]):
+            table.add_section()
+        last = row.labels[0]
+        texts = [
+            _terminal_cell(matrix, cell, rank, bounds) for cell, rank in zip(row.cells, row_ranks, strict=True)
+        ]
+        table.add_row(*(Text(label) for label in row.labels), *texts)
+    return table
+
+
+def _terminal_cell(matrix: Matrix, cell: MatrixCell, rank: Rank, bounds: tuple[float, float]) -> Text:
+    text = f"{format_percent(cell)}{_cell_marks(matrix, cell)}"
+    if cell.value is None:
+        return Text(text, style="red" if cell.state == "hole" else "dim")
+    colour = cell_colour(cell.value, bounds)
+    front = "rgb(255,255,255)" if is_dark(colour) else "rgb(0,0,0)"
+    style = Style.parse(f"{front} on rgb({colour[0]},{colour[1]},{colour[2]})")
+    return Text(f" {text} ", style=style + Style(bold=rank == "best", underline=rank == "best"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailureGroup:
+    """Rows without a number that ended alike, for the same reason."""
+
+    what: str
+    """Method, backbone and dataset."""
+    status: str
+    reason: str
+    traceback: str
+    """Of the first row; empty where there is none."""
+    categories: tuple[str, ...]
+    num_cells: int
+
+
+def group_failures(rows: Iterable[ResultRow]) -> list[FailureGroup]:
+    """Rows that are not ok, those with equal status and reason of one method, backbone and dataset together."""
+    groups: dict[tuple[str, str, str], list[ResultRow]] = {}
+    for row in rows:
+        if row.status != "ok":
+            what = " · ".join((row.method, row.backbone or NO_BACKBONE, row.dataset))
+            groups.setdefault((what, row.status, row.reason), []).append(row)
+    return [
+        FailureGroup(
+            what=what,
+            status=status,
+            reason=reason or "no reason given",
+            traceback=members[0].traceback,
+            categories=tuple(dict.fromkeys(row.category for row in members)),
+            num_cells=len(members),
+        )
+        for (what, status, reason), members in groups.items()
+    ]
+
+
+def failures_table(rows: Iterable[ResultRow]) -> Table:
+    """The rows without a number and their reasons, as a table for a terminal."""
+    groups = group_failures(rows)
+    total = sum(group.num_cells for group in groups)
+    table = Table(title=Text(f"Without a number: {total} cells", style="bold"), title_justify="left", pad_edge=False)
+    for name in ("what", "categories", "cells", "status", "reason"):
+        table.add_column(name, overflow="fold", justify="right" if name == "cells" else "left")
+    styles = {"failed": "red", "skipped": "yellow", "stopped": "cyan"}
+    for group in groups:
+        table.add_row(
+            Text(group.what),
+            Text(", ".join(group.categories)),
+            str(group.num_cells),
+            Text(group.status, style=styles.get(group.status, "")),
+            Text(group.reason),
+        )
+    return table

@@ -1,0 +1,110 @@
+"""Trials through Ray Tune: failures, killed workers, stopping by hand."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import SPACE, SmallRun, quiet_console
+
+from harness.contracts import AdgridError, Resources
+from harness.run import execute
+from harness.sweep import check_resources, connect, run_trials
+
+pytestmark = pytest.mark.ray
+GRID = SPACE.replace(
+    "[toy_features]", "[toy_features, {name: toy_broken, params: {how: HOW, category: middle, note: NOTE}}]"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    """One Ray of two cores for the whole module."""
+    with connect(None, num_cpus=2) as resources:
+        yield resources
+
+
+@pytest.fixture
+def run(tmp_path, places):
+    return SmallRun(tmp_path, places)
+
+
+def write(tmp_path, text):
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def statuses(rows):
+    return {(row.method, row.category): row.status for row in rows}
+
+
+def test_a_grid_with_a_worker_killed_once_is_complete(run, tmp_path):
+    note = tmp_path / "fits"
+    space = write(tmp_path, GRID.replace("HOW", "kill_once").replace("NOTE", str(note)))
+    outcome = execute(space, run.options(), quiet_console(), "test")
+    assert set(statuses(outcome.rows).values()) == {"ok"}, [row.reason for row in outcome.rows]
+    assert len(outcome.rows) == 6
+    assert note.read_text().count("fit") == 2
+    assert execute(space, run.options(), quiet_console(), "test").num_computed == 0
+
+
+def test_a_cell_that_always_kills_its_worker_is_a_failed_row(run, tmp_path):
+    note = tmp_path / "fits"
+    space = write(tmp_path, GRID.replace("HOW", "kill").replace("NOTE", str(note)))
+    outcome = execute(space, run.options(), quiet_console(), "test")
+    found = statuses(outcome.rows)
+    assert [cell for cell, status in found.items() if status != "ok"] == [("toy_broken", "middle")]
+    row = next(row for row in outcome.rows if row.status == "failed")
+    assert "died 2 times" in row.reason
+    assert outcome.num_failed == 1
+    assert note.read_text().count("fit") == 2
+
+
+def test_rows_are_the_same_with_and_without_ray(run, tmp_path, places):
+    outcome = execute(write(tmp_path, SPACE), run.options(), quiet_console(), "test")
+    alone = SmallRun(tmp_path / "alone", places)
+    plain = alone()
+    assert {row.category: row.metrics for row in outcome.rows} == {name: row.metrics for name, row in plain.items()}
+
+
+def test_a_trial_that_can_never_be_placed_is_refused(run):
+    plan = run.plan(SPACE + "resources: {cpu: 500}\n")
+    with pytest.raises(AdgridError, match=r"resources.cpu.*500"):
+        check_resources(plan.trials, {"CPU": 2.0})
+    check_resources(plan.trials, {"CPU": 500.0})
+    assert Resources().cpu == 1.0
+
+
+def test_nothing_to_run_starts_nothing(run):
+    assert run_trials([], run.settings(run.plan()), []) == []
+
+
+def test_stopping_by_hand_keeps_finished_rows_and_the_next_run_goes_on(run, tmp_path):
+    space = write(
+        tmp_path, GRID.replace("HOW", "slow").replace("NOTE", str(tmp_path / "fits")).replace("[toy_features, {", "[{")
+    )
+    command = [sys.executable, "-m", "harness.cli", "run", space, "--root", run.root, "--random-weights"]
+    command += ["--cache-dir", run.places.cache_dir, "--tracking-uri", "off", "--no-pictures", "--num-cpus", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "fits").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "same command" in errors
+    assert {row.category for row in run.store.load_rows().values()} == {"large"}
+    second = execute(
+        write(tmp_path, Path(space).read_text()),
+        run.options(overrides=["categories=large,small"]),
+        quiet_console(),
+        "test",
+    )
+    assert second.num_computed == 1
+    assert {row.category: row.status for row in second.rows} == {"large": "ok", "small": "ok"}

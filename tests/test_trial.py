@@ -1,0 +1,259 @@
+"""The story of a trial: what is computed, what is not computed again, and what a failure leaves behind."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import SPACE, SmallRun
+
+from harness.trial import run_trial
+
+BROKEN = SPACE.replace("[toy_features]", "[{name: toy_broken, params: {how: HOW, category: middle, note: NOTE}}]")
+FOLDER = SPACE.replace("[toy_squares]", "[{name: parts, layout: folder}]")
+
+
+@pytest.fixture
+def run(tmp_path, places):
+    return SmallRun(tmp_path, places)
+
+
+def draw(path, bright=False, size=64, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng([seed, *path.name.encode()]).integers(90, 110, (size, size, 3), dtype=np.uint8)
+    if bright:
+        pixels[10:20, 10:20] = 250
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def parts(places):
+    """Two categories in MVTec AD's layout."""
+    root = Path(places.data_root) / "parts"
+    for category in ("bolt", "nut"):
+        for index in range(4):
+            draw(root / category / "train/good" / f"{index}.png")
+            draw(root / category / "test/good" / f"{index}.png", seed=1)
+            draw(root / category / "test/dent" / f"{index}.png", bright=True, seed=2)
+            mask = np.zeros((64, 64), np.uint8)
+            mask[10:20, 10:20] = 255
+            path = root / category / "ground_truth/dent" / f"{index}_mask.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(path)
+    return root
+
+
+def test_a_row_is_complete(run):
+    rows = run()
+    assert sorted(rows) == ["large", "middle", "small"]
+    row = rows["small"]
+    assert row.status == "ok"
+    assert set(row.metrics) == {
+        "image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro",
+    }  # fmt: skip
+    assert all(0 <= value <= 1 for value in row.metrics.values())
+    assert all(value <= 1e-6 for value in row.metric_bounds.values())
+    assert row.metrics["image_auroc"] == 1.0  # a bright dot on noise is easy
+    assert row.costs["fit_seconds"] >= 0
+    assert row.costs["peak_rss_mib"] > 10
+    assert row.costs["images_per_second"] > 0
+    assert row.costs["train_images"] == 6
+    assert row.costs["test_images"] == 8
+    assert row.stamps == ("random weights",)
+    assert row.params == {"scale": 1.0}
+    assert row.resolved_protocol["smoothing"] == 0.0
+    assert row.resolved_protocol["interpolation"] in ("bilinear", "bicubic")
+    wanted = {"git_commit", "torch_version", "weights_fingerprint", "images_fingerprint", "truth_fingerprint", "device"}
+    assert wanted <= set(row.provenance)
+    assert run.store.load_rows()[row.cell_id] == row
+    scores = run.store.load_scores(row.cell_id)
+    assert scores["label"] == [0] * 4 + [1] * 4
+    assert len(scores["image_score"]) == 8
+
+
+def test_every_shape_of_method_runs(run):
+    names = ["toy_features", "toy_encoder", "toy_pixels", "toy_dataset", "toy_tuned"]
+    space = SPACE.replace("[toy_features]", str(names))
+    rows = run(space, overrides=["methods.toy_encoder.params.flip=true"])
+    assert len(rows) == 5 * 3
+    assert {row.status for row in rows.values()} == {"ok"}, [row.reason for row in rows.values()]
+    assert rows["toy_pixels", "small"].backbone is None
+    assert rows["toy_pixels", "small"].resolved_protocol["score_reduction"] == "the method's own"
+    assert rows["toy_features", "small"].resolved_protocol["score_reduction"] == "max"
+
+
+def test_a_second_run_computes_nothing(run):
+    first = run()
+    assert run() == {}
+    assert len(first) == 3
+
+
+def test_another_aupro_limit_scores_again_and_fits_nothing(run, monkeypatch):
+    from adgrid_example.methods import FeatureMean
+
+    first = run()
+    monkeypatch.setattr(FeatureMean, "fit", lambda self, train: pytest.fail("fitted again"))
+    second = run(overrides=["protocol.aupro_limit=0.05"])
+    assert sorted(second) == sorted(first)
+    for name, row in second.items():
+        assert row.stamps == ("random weights", "rescored")
+        assert row.prediction_id == first[name].prediction_id
+        assert row.cell_id != first[name].cell_id
+        assert row.metrics["pixel_auroc"] == first[name].metrics["pixel_auroc"]
+        assert row.costs["fit_seconds"] == first[name].costs["fit_seconds"]  # that of the fit behind it
+    assert any(row.metrics["aupro"] != first[name].metrics["aupro"] for name, row in second.items())
+
+
+def test_another_parameter_fits_again_on_stored_features(run):
+    first = run()
+    assert sum(row.costs["extracted_images"] for row in first.values()) == 3 * 14
+    second = run(overrides=["methods.toy_features.params.scale=2.0"])
+    assert len(second) == 3
+    assert sum(row.costs["extracted_images"] for row in second.values()) == 0
+    for name, row in second.items():
+        assert row.stamps == ("random weights",)
+        assert row.metrics["pixel_auroc"] == pytest.approx(first[name].metrics["pixel_auroc"], abs=1e-6)
+
+
+def test_one_changed_image_touches_its_category_alone(run, parts):
+    first = run(FOLDER)
+    assert {row.status for row in first.values()} == {"ok"}
+    draw(parts / "nut/test/good/2.png", seed=9)
+    second = run(FOLDER)
+    assert list(second) == ["nut"]
+    assert second["nut"].prediction_id != first["nut"].prediction_id
+    assert second["nut"].costs["extracted_images"] == 1
+
+
+def test_a_changed_mask_scores_its_category_again(run, parts):
+    first = run(FOLDER)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[40:50, 40:50] = 255
+    Image.fromarray(mask).save(parts / "bolt/ground_truth/dent/0_mask.png")
+    second = run(FOLDER)
+    assert list(second) == ["bolt"]
+    assert second["bolt"].stamps == ("random weights", "rescored")
+    assert second["bolt"].metrics["pixel_auroc"] < first["bolt"].metrics["pixel_auroc"]
+    assert second["bolt"].metrics["image_auroc"] == first["bolt"].metrics["image_auroc"]
+
+
+def test_touching_a_file_changes_nothing(run, parts):
+    run(FOLDER)
+    (parts / "nut/test/good/2.png").touch()
+    assert run(FOLDER) == {}
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [("fit", "RuntimeError"), ("predict", "RuntimeError"), ("nan", "MetricError"), ("memory", "MemoryError")],
+)
+def test_a_failing_category_is_a_row_and_the_others_go_on(run, tmp_path, how, kind):
+    space = BROKEN.replace("HOW", how).replace("NOTE", str(tmp_path / "fits"))
+    rows = run(space)
+    assert {name: row.status for name, row in rows.items()} == {"large": "ok", "middle": "failed", "small": "ok"}
+    assert rows["middle"].reason.startswith(kind)
+    assert "Traceback" in rows["middle"].traceback
+    assert rows["middle"].metrics == {}
+    again = run(space)
+    assert list(again) == ["middle"]
+    assert (tmp_path / "fits").read_text().count("fit") == 2
+
+
+def test_a_corrupt_image_fails_its_category_and_names_the_file(run, parts):
+    (parts / "nut/test/good/1.png").write_bytes(b"not an image")
+    rows = run(FOLDER)
+    assert rows["bolt"].status == "ok"
+    assert rows["nut"].status == "failed"
+    assert "1.png" in rows["nut"].reason
+    draw(parts / "nut/test/good/1.png", seed=1)
+    assert {name: row.status for name, row in run(FOLDER).items()} == {"nut": "ok"}
+
+
+def test_a_mask_of_another_size_fails_its_category_and_names_both_sizes(run, parts):
+    Image.new("L", (32, 64), 255).save(parts / "nut/ground_truth/dent/1_mask.png")
+    rows = run(FOLDER)
+    assert (rows["bolt"].status, rows["nut"].status) == ("ok", "failed")
+    assert "1_mask.png" in rows["nut"].reason
+    assert "32" in rows["nut"].reason
+    assert "64" in rows["nut"].reason
+
+
+def test_a_test_set_of_one_class_is_a_failed_row(run, parts):
+    for path in (parts / "nut/test/good").iterdir():
+        path.unlink()
+    rows = run(FOLDER)
+    assert (rows["bolt"].status, rows["nut"].status) == ("ok", "failed")
+    assert rows["nut"].reason.startswith("MetricError")
+
+
+def test_without_masks_pixel_metrics_are_absent(run, parts):
+    import shutil
+
+    for category in ("bolt", "nut"):
+        shutil.rmtree(parts / category / "ground_truth")
+    rows = run(FOLDER)
+    assert {row.status for row in rows.values()} == {"ok"}
+    assert set(rows["nut"].metrics) == {"image_auroc", "image_ap", "image_f1_max"}
+
+
+def test_images_that_changed_after_planning_are_refused(run, parts):
+    plan = run.plan(FOLDER)
+    draw(parts / "nut/test/good/2.png", seed=9)
+    rows = run.run_plan(plan)
+    assert (rows["bolt"].status, rows["nut"].status) == ("ok", "failed")
+    assert rows["nut"].reason.startswith("PlanOutdated")
+
+
+def test_a_dataset_wide_method_is_fitted_once(run, monkeypatch):
+    from adgrid_example.methods import DatasetMean
+
+    fits = []
+    monkeypatch.setattr(
+        DatasetMean, "fit", lambda self, train: (fits.append(len(train)), super(DatasetMean, self).fit(train))
+    )
+    rows = run(SPACE.replace("toy_features", "toy_dataset"))
+    assert fits == [18]
+    assert len(rows) == 3
+
+
+def test_shots_bound_the_training_images(run):
+    rows = run(SPACE + "shots: 3\n")
+    assert {row.costs["train_images"] for row in rows.values()} == {3}
+    assert {row.shots for row in rows.values()} == {3}
+
+
+def test_a_stage_is_trained_once_and_reloaded(run, monkeypatch):
+    from adgrid_example import methods
+
+    steps = []
+    losses = methods._Tuning.losses
+    monkeypatch.setattr(methods._Tuning, "losses", lambda self, batch: (steps.append(1), losses(self, batch))[1])
+    space = SPACE.replace("toy_features", "toy_tuned") + "categories: [small]\n"
+    first = run(space)
+    assert len(steps) == 2  # six images in batches of four
+    run.store.delete(f"predictions/{first['small'].prediction_id}.arrow")
+    run.store.delete(f"rows/new/{first['small'].cell_id}.ok.parquet")
+    second = run(space)
+    assert len(steps) == 2
+    assert second["small"].metrics == first["small"].metrics
+
+
+def test_a_fitted_method_is_kept_on_request(run):
+    run(save_fitted=True)
+    assert len(run.store.names("artifacts")) == 3
+
+
+def test_large_predictions_are_not_kept_and_fitted_again(run):
+    run(prediction_mib=0)
+    assert run.store.names("predictions") == []
+    second = run(overrides=["protocol.aupro_limit=0.05"])
+    assert {row.stamps for row in second.values()} == {("random weights",)}
+
+
+def test_a_trial_that_cannot_start_is_a_reason_for_each_cell(run):
+    plan = run.plan()
+    trial = dataclasses.replace(plan.trials[0], method="toy_features", weights="/absent/weights.pth")
+    rows = list(run_trial(trial, run.settings(plan)))
+    assert [row.status for row in rows] == ["failed"] * 3
+    assert "/absent/weights.pth" in rows[0].reason
