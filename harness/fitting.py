@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from harness.backbones import FrozenBackbone, level_shapes, trainable_backbone
-from harness.contracts import Cell, Context, RunSettings, Sample, Split, derive_seed
+from harness.contracts import Cell, Context, RunSettings, Sample, SampleKey, Split, derive_seed
 from harness.features import FeatureStore, ImageSplit, feature_split
 from harness.identity import content_id
 from harness.measure import Meter
@@ -20,6 +20,10 @@ from harness.training import train_stage
 
 Notify = Callable[[str, str, int, int], None]
 """Progress inside a cell: (category, what is being done, done, in all)."""
+
+
+class ScoreError(ValueError):
+    """A method gave scores that are not finite numbers."""
 
 
 class FittedMethod:
@@ -99,6 +103,7 @@ class FittedMethod:
         costs = meter.costs()
         costs["images_per_second"] = round(done / max(costs["predict_seconds"] + costs["features_seconds"], 1e-9), 2)
         costs |= {"train_images": self._num_train, "test_images": done, "extracted_images": self._extracted}
+        _check_finite(test.samples, maps, scores, self._resolved.trial.method)
         result = StoredPrediction(
             paths=tuple(sample.path for sample in test.samples),
             anomaly_maps=np.concatenate(maps),
@@ -165,3 +170,14 @@ class FittedMethod:
     def _machine(self) -> dict[str, str]:
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.machine()
         return {"device": self._device.type, "device_name": name}
+
+
+def _check_finite(
+    samples: Sequence[SampleKey], maps: Sequence[np.ndarray], scores: Sequence[np.ndarray], method: str
+) -> None:
+    finite = np.concatenate([np.isfinite(rows).all(axis=(1, 2)) for rows in maps])
+    if scores:
+        finite &= np.isfinite(np.concatenate(scores))
+    if not finite.all():
+        bad = np.flatnonzero(~finite)
+        raise ScoreError(f"{method} gave NaN or infinite scores for {len(bad)} images, first {samples[bad[0]].path}")

@@ -111,6 +111,12 @@ class _Reader:
         dataset = self._dataset(point.dataset)
         if isinstance(dataset, str):
             lacks["dataset", point.dataset.name] = dataset
+        else:
+            for category in self._categories(point.dataset, dataset):
+                try:
+                    self._category(dataset, category, point)
+                except AdgridError as error:
+                    lacks["dataset", point.dataset.name] = str(error)
         if point.backbone is not None and not random_weights:
             reason = self._weights_reason(point.backbone)
             if reason:

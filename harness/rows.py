@@ -42,7 +42,7 @@ def finished_row(
         stamps.append("rescored")
     if resolved.protocol.selection == "test_best":
         stamps.append("state picked on test data")
-    protocol = dataclasses.asdict(resolved.protocol)
+    protocol = _plain(resolved.protocol)
     if facts.get("own_image_score") and resolved.trial.protocol.score_reduction == "method":
         protocol["score_reduction"] = "the method's own"
     row = _row(resolved.trial, cell, "ok", settings)

@@ -425,28 +425,20 @@ def _accepts(annotation: Any, value: Any) -> bool:
 
 def grid_points(space: Space) -> list[GridPoint]:
     """Every combination of the axes and of the included grids, less the excluded ones, each once, in file order."""
-    whole = Grid(
-        methods=space.methods,
-        backbones=space.backbones,
-        datasets=space.datasets,
-        representations=space.representations,
-        shots=space.shots,
-        seeds=space.seeds,
-    )
     points: dict[str, GridPoint] = {}
-    for grid in (whole, *space.include):
-        for point in _points_of(grid, whole):
+    for grid in (Grid(), *space.include):
+        for point in _points_of(grid, space):
             if not any(_matches(rule, point) for rule in space.exclude):
                 points.setdefault(repr(point), point)
     return list(points.values())
 
 
-def _points_of(grid: Grid, whole: Grid) -> Iterator[GridPoint]:
+def _points_of(grid: Grid, space: Space) -> Iterator[GridPoint]:
     from harness.registry import load_method
 
     def axis(name: str) -> Any:
         own = getattr(grid, name)
-        return getattr(whole, name) if own is None else own
+        return getattr(space, name) if own is None else own
 
     for dataset in axis("datasets"):
         shots_axis = grid.shots or dataset.shots or axis("shots")

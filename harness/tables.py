@@ -1,6 +1,6 @@
 """Matrices of results and their text forms: CSV, JSON, Markdown, LaTeX and the terminal.
 
-A matrix is computed in `harness/report.py` and drawn in `harness/figures.py`; here it is only written down. Rates are in
+A matrix is built in `harness/matrices.py` and drawn in `harness/figures.py`; here it is only written down. Rates are in
 [0, 1] in the matrix, in CSV and in JSON; percent with one decimal appears only in what people read.
 """
 
@@ -9,25 +9,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from harness.contracts import ResultRow
+from harness.matrices import NO_BACKBONE, Matrix, MatrixCell, Rank
 
 NOT_AVAILABLE = "n/a"
 """Printed where a metric does not exist, such as a pixel metric of a dataset without masks."""
-NO_BACKBONE = "–"
-"""Printed as the backbone of a method that uses none."""
 
-Rank = Literal["", "best", "second"]
-
-_MARKS = "†‡§¶"
 _VIRIDIS = (
     (68, 1, 84),
     (71, 45, 123),
@@ -39,122 +34,6 @@ _VIRIDIS = (
     (173, 220, 48),
     (253, 231, 37),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatrixCell:
-    """One number of a matrix, or what stands in its place."""
-
-    state: Literal["value", "hole", "unavailable"]
-    """`hole`: a row behind the number is failed, skipped, stopped or missing. `unavailable`: the metric does not exist."""
-    value: float | None = None
-    """Mean over the categories, then over the seeds; a rate in [0, 1]. None unless `state` is `value`."""
-    std: float | None = None
-    """Sample standard deviation (divisor n - 1) of the seeds' means; None for a single seed."""
-    note: str = ""
-    """Why there is no number, in a few words: `1 of 2 failed`."""
-    reason: str = ""
-    """The first reason that a row behind a hole gives, with its category."""
-    stamps: tuple[str, ...] = ()
-    """What must be told beside the number; the union over its rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatrixRow:
-    """One line of a matrix."""
-
-    labels: tuple[str, ...]
-    """One text per entry of the matrix's `header`."""
-    cells: tuple[MatrixCell, ...]
-    """One per entry of the matrix's `columns`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Matrix:
-    """One metric under one evaluation protocol: rows are methods with their backbones, columns datasets or categories."""
-
-    metric: str
-    """Name in `METRICS`."""
-    title: str
-    """Name as people read it, such as `Image AUROC`."""
-    dataset: str | None = None
-    """The dataset whose categories are the columns; None where the columns are datasets."""
-    protocol_id: str
-    protocol: str
-    """The evaluation protocol in words."""
-    common: tuple[str, ...] = ()
-    """Settings that all rows share and that differ from the usual, such as `4 shots`."""
-    header: tuple[str, ...]
-    """Names of the label columns: method, backbone and whatever else varies."""
-    columns: tuple[str, ...]
-    rows: tuple[MatrixRow, ...]
-    cells_done: int
-    """Result rows with a number."""
-    cells_expected: int
-    """Result rows that a complete matrix would have: every category and seed that any row of a method asks for."""
-
-    @property
-    def subject(self) -> str:
-        """What one number is about: `mean over categories`, or the dataset's name."""
-        return "mean over categories" if self.dataset is None else self.dataset
-
-    @property
-    def stamps(self) -> tuple[str, ...]:
-        """Every stamp of every cell, each once, in order of appearance."""
-        return tuple(dict.fromkeys(stamp for row in self.rows for cell in row.cells for stamp in cell.stamps))
-
-    @property
-    def shared_stamps(self) -> tuple[str, ...]:
-        """Stamps that every number carries."""
-        numbers = [cell for row in self.rows for cell in row.cells if cell.state == "value"]
-        return tuple(stamp for stamp in self.stamps if numbers and all(stamp in cell.stamps for cell in numbers))
-
-    @property
-    def marks(self) -> dict[str, str]:
-        """Footnote mark of each stamp that only some numbers carry."""
-        some = [stamp for stamp in self.stamps if stamp not in self.shared_stamps]
-        return {stamp: _MARKS[number % 4] * (number // 4 + 1) for number, stamp in enumerate(some)}
-
-    @property
-    def holes(self) -> list[tuple[MatrixRow, str, MatrixCell]]:
-        """Every hole with its row and the name of its column."""
-        return [
-            (row, column, cell)
-            for row in self.rows
-            for column, cell in zip(self.columns, row.cells, strict=True)
-            if cell.state == "hole"
-        ]
-
-    @property
-    def values(self) -> list[float]:
-        """All numbers of the matrix, row by row."""
-        return [cell.value for row in self.rows for cell in row.cells if cell.value is not None]
-
-    def ranks(self) -> list[list[Rank]]:
-        """Best and second best of each column, compared as printed so that ties share a rank; none in a lone row."""
-        ranks: list[list[Rank]] = [[""] * len(self.columns) for _ in self.rows]
-        for column in range(len(self.columns)):
-            printed = [_rounded(row.cells[column].value) for row in self.rows]
-            order = sorted({value for value in printed if value is not None}, reverse=True)
-            if sum(value is not None for value in printed) < 2:
-                continue
-            names: dict[int, Rank] = dict(zip(order, ("best", "second"), strict=False))  # type: ignore[arg-type]
-            for number, value in enumerate(printed):
-                if value is not None:
-                    ranks[number][column] = names.get(value, "")
-        return ranks
-
-    def colour_range(self) -> tuple[float, float]:
-        """Rates at the two ends of the colour scale: the numbers' range, widened to multiples of 0.05."""
-        if not self.values:
-            return 0.0, 1.0
-        low = math.floor(min(self.values) * 20 + 1e-9) / 20
-        high = math.ceil(max(self.values) * 20 - 1e-9) / 20
-        return (low, high) if high > low else (max(low - 0.05, 0.0), min(high + 0.05, 1.0))
-
-
-def _rounded(value: float | None) -> int | None:
-    return None if value is None else round(value * 1000)
 
 
 def format_percent(cell: MatrixCell) -> str:

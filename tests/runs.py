@@ -6,7 +6,6 @@ from rich.console import Console
 
 from harness.contracts import RunSettings
 from harness.plan import make_plan
-from harness.run import RunOptions
 from harness.space import parse_space
 from harness.store import Store
 from harness.trial import run_trial
@@ -55,6 +54,8 @@ class SmallRun:
         return self.run_plan(self.plan(space, overrides), **changes)
 
     def options(self, **changes):
+        from harness.run import RunOptions  # brings pandas and MLflow, which tests of single trials do without
+
         return RunOptions(
             root=self.root,
             data_root=self.places.data_root,

@@ -205,7 +205,8 @@ class LayoutDataset:
             if self.is_category(folder) or (_base_name(parent) == self.name and self._holds_categories(parent)):
                 return parent
             folder = parent
-        # Below a root that exists any folder will do, one with the dataset's name first; beside a missing one only that.
+        # Any folder below a root that exists will do, best one with the dataset's name; beside a missing root only
+        # a folder with that name.
         exists = is_folder(self.root)
         level = [self.root if exists else _parent(self.root)]
         found: list[str] = []

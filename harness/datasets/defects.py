@@ -1,6 +1,6 @@
 """The defects of the generated dataset: painters that change a surface and say which pixels they changed.
 
-Every painter takes a surface, a random generator and a strength in (0, 1], from barely visible to plain, and gives the
+Every painter takes a surface, a random generator and a strength in [0, 1], from barely visible to plain, and gives the
 changed image (256, 256, 3) and its mask (256, 256), true where the surface differs visibly from a normal one.
 """
 
@@ -29,7 +29,7 @@ def paint_scratch(surface: Surface, rng: Generator, strength: float) -> Painted:
     points = start + np.concatenate([np.zeros((1, 2)), np.cumsum(steps, axis=0)]) - steps.sum(axis=0) / 2
     width = rng.uniform(0.7, 1.3)
     alpha = np.clip(width + 0.5 - _distance_to(points), 0, 1)
-    change = (0.10 + 0.30 * strength) * rng.choice((-1.0, 1.0), p=(0.4, 0.6))
+    change = (0.06 + 0.44 * strength) * rng.choice((-1.0, 1.0), p=(0.4, 0.6))
     return surface.image + change * alpha[..., None], alpha > 0.3
 
 
@@ -43,9 +43,9 @@ def paint_crack(surface: Surface, rng: Generator, strength: float) -> Painted:
         fork = trunk[rng.integers(len(trunk) // 4, 3 * len(trunk) // 4)]
         branches.append(_walk(rng, fork, heading + rng.choice((-1, 1)) * rng.uniform(0.5, 1.1), rng.uniform(20, 45)))
     for number, points in enumerate(branches):
-        width = (0.9 + 0.5 * strength) * (0.7 if number else 1.0)
+        width = (0.9 + 1.0 * strength) * (0.7 if number else 1.0)
         alpha = np.maximum(alpha, np.clip(width + 0.3 - _distance_to(points), 0, 1))
-    dark = surface.image * (1 - (0.30 + 0.45 * strength) * alpha[..., None])
+    dark = surface.image * (1 - (0.30 + 0.50 * strength) * alpha[..., None])
     return dark, alpha > 0.3
 
 
@@ -55,7 +55,7 @@ def paint_stain(surface: Surface, rng: Generator, strength: float) -> Painted:
     alpha = np.clip(depth / 5, 0, 1)
     rim = np.exp(-((depth - 3) ** 2) / 8) * (depth > 0)
     tint = np.array((0.55, 0.80, 1.0)) if rng.random() < 0.7 else np.array((0.9, 0.9, 0.9))
-    loss = (0.07 + 0.17 * strength) * (alpha + 0.5 * rim)
+    loss = (0.05 + 0.30 * strength) * (alpha + 0.5 * rim)
     return surface.image * (1 - loss[..., None] * tint), alpha > 0.3
 
 
@@ -66,13 +66,13 @@ def paint_colour_shift(surface: Surface, rng: Generator, strength: float) -> Pai
     gain = rng.standard_normal(3)
     gain -= gain @ np.array((red, green, blue))
     gain /= np.abs(gain).max()
-    return surface.image * (1 + (0.06 + 0.20 * strength) * alpha * gain), alpha[..., 0] > 0.3
+    return surface.image * (1 + (0.05 + 0.25 * strength) * alpha * gain), alpha[..., 0] > 0.3
 
 
 def paint_blur(surface: Surface, rng: Generator, strength: float) -> Painted:
     """A region where the fine structure is worn or smeared away."""
     alpha = np.clip(_blob(rng, rng.uniform(16, 34)) / 3, 0, 1)[..., None]
-    sigma = 1.2 + 2.6 * strength
+    sigma = 0.8 + 3.2 * strength
     worn = ndimage.gaussian_filter(surface.image, (sigma, sigma, 0))
     return surface.image * (1 - alpha) + worn * alpha, alpha[..., 0] > 0.3
 
@@ -81,10 +81,10 @@ def paint_dent(surface: Surface, rng: Generator, strength: float) -> Painted:
     """A shallow hollow: bright on one flank and dark on the other, as lit from the side."""
     x, y = pixel_grid()
     centre_x, centre_y = _place(rng, 50)
-    radius, light = rng.uniform(7, 16), rng.uniform(0, 2 * np.pi)
+    radius, light = rng.uniform(5, 14), rng.uniform(0, 2 * np.pi)
     dx, dy = (x - centre_x) / radius, (y - centre_y) / radius
     slope = (np.cos(light) * dx + np.sin(light) * dy) * np.exp(-(dx**2 + dy**2) / 2)
-    shade = (0.10 + 0.30 * strength) * slope / np.exp(-0.5)
+    shade = (0.05 + 0.35 * strength) * slope / np.exp(-0.5)
     return surface.image * (1 + shade[..., None]), np.hypot(dx, dy) < 1.8
 
 
@@ -92,7 +92,7 @@ def paint_displaced(surface: Surface, rng: Generator, strength: float) -> Painte
     """An element of the print out of its place; on a surface without print, a patch that is shifted and turned."""
     if surface.elements is not None and surface.background is not None:
         x, y, radius = surface.elements[rng.integers(len(surface.elements))]
-        heading, distance = rng.uniform(0, 2 * np.pi), 2.0 + 5.0 * strength
+        heading, distance = rng.uniform(0, 2 * np.pi), 4.0 + 8.0 * strength
         shift = np.array((np.sin(heading), np.cos(heading))) * distance
         inside = _disc(x, y, radius)[..., None]
         ink = ndimage.shift((surface.image - surface.background) * inside, (*shift, 0), order=1)
@@ -109,7 +109,7 @@ def paint_missing(surface: Surface, rng: Generator, strength: float) -> Painted:
     if surface.elements is None or surface.background is None:
         raise ValueError("this surface has no elements that could be missing")
     x, y, radius = surface.elements[rng.integers(len(surface.elements))]
-    gone = (0.35 + 0.65 * strength) * _disc(x, y, radius)[..., None]
+    gone = (0.4 + 0.6 * strength) * _disc(x, y, radius)[..., None]
     image = surface.image * (1 - gone) + surface.background * gone
     return image, np.abs(surface.image - surface.background).max(axis=2) * _disc(x, y, radius) > 0.08
 

@@ -36,6 +36,13 @@ DEFECT_TYPES = {
     "printed_tile": ("colour_shift", "crack", "displaced", "missing"),
     "woven_fabric": ("colour_shift", "displaced", "scratch", "stain"),
 }
+STRENGTHS = {
+    "brushed_metal": (0.0, 0.3),
+    "granite": (0.3, 1.0),
+    "printed_tile": (0.3, 1.0),
+    "woven_fabric": (0.15, 0.9),
+}
+"""Strength of a category's faintest and plainest defects; a calm surface hides less, so its defects are fainter."""
 _ABANDONED_SECONDS = 3600
 """A half-made folder this old belongs to a process that was killed."""
 
@@ -145,7 +152,8 @@ def paint_sample(category: str, split: str, kind: str, index: int) -> tuple[NDAr
     surface = SURFACES[category](rng)
     image, mask = surface.image, np.zeros(surface.image.shape[:2], dtype=bool)
     if kind != "good":
-        strength = (index + 1) / NUM_PER_DEFECT
+        faintest, plainest = STRENGTHS[category]
+        strength = faintest + (plainest - faintest) * index / (NUM_PER_DEFECT - 1)
         image, mask = DEFECTS[kind](surface, rng, strength)
     image = image + NOISE * rng.standard_normal(image.shape[:2])[..., None]
     return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8), np.where(mask, 255, 0).astype(np.uint8)

@@ -89,9 +89,9 @@ def paint_brushed_metal(rng: Generator) -> Surface:
 
 def paint_printed_tile(rng: Generator) -> Surface:
     """Glazed tiles of about 42 pixels with grout between them, printed with discs and rings by turns."""
-    angle = rng.uniform(-0.04, 0.04)
+    angle = rng.uniform(-0.025, 0.025)
     u, v = _turn(angle)
-    pitch = 42.0 * rng.uniform(0.97, 1.03)
+    pitch = 42.0 * rng.uniform(0.985, 1.015)
     u, v = u + rng.uniform(0, 2 * pitch), v + rng.uniform(0, 2 * pitch)
     column, row = np.floor(u / pitch).astype(int), np.floor(v / pitch).astype(int)
     from_edge = np.minimum(_to_edge(u, pitch), _to_edge(v, pitch))
@@ -103,7 +103,7 @@ def paint_printed_tile(rng: Generator) -> Surface:
     tile_colour = ((1 - grout) * glaze)[..., None] * _vary(rng, (1.0, 0.985, 0.95), 0.006)
     background = tile_colour + (grout * grout_tone)[..., None] * np.array((1.0, 0.97, 0.93))
 
-    shaky = 0.7 * smooth_noise(rng, 16)  # the print's edge is not perfectly sharp
+    shaky = 0.4 * smooth_noise(rng, 16)  # the print's edge is not perfectly sharp
     distance = np.hypot(u - (column + 0.5) * pitch, v - (row + 0.5) * pitch) + shaky
     radius = 0.27 * pitch
     disc = _soft_step(radius - distance)
@@ -121,10 +121,10 @@ def paint_granite(rng: Generator) -> Surface:
     """Polished granite: crystals of pale and pink feldspar, grey quartz and black mica."""
     x, y = pixel_grid()
     grain, first, second = _grow_crystals(rng, x + 2.5 * smooth_noise(rng, 48), y + 2.5 * smooth_noise(rng, 48))
-    kinds = rng.choice(4, int(grain.max()) + 1, p=(0.36, 0.24, 0.26, 0.14))
+    kinds = rng.choice(4, int(grain.max()) + 1, p=(0.38, 0.26, 0.26, 0.10))
     tones = 0.045 * rng.standard_normal(len(kinds))
     boundary = np.exp((first - second) / 0.8)
-    palette = np.array([(0.80, 0.76, 0.72), (0.71, 0.57, 0.52), (0.56, 0.55, 0.55), (0.17, 0.16, 0.17)])
+    palette = np.array([(0.80, 0.76, 0.72), (0.71, 0.57, 0.52), (0.56, 0.55, 0.55), (0.25, 0.24, 0.25)])
     palette = palette * (1 + 0.015 * rng.standard_normal(3))
     texture = 0.03 * smooth_noise(rng, 90) + 0.02 * rng.standard_normal((SIZE, SIZE))
     shade = 1 + tones[grain] + texture - 0.10 * boundary

@@ -52,7 +52,7 @@ def greedy_coreset(
         result for `num = m`.
 
     Raises:
-        ValueError: if `num`, `start` or the shape of `features` is out of range.
+        ValueError: if `num`, `start` or the shape of `features` is out of range, or a feature is not finite.
     """
     _check(features, num, start)
     points = features.detach()
@@ -83,6 +83,8 @@ class _Selection:
         self.centres = torch.empty(num, width + 1, dtype=self.screen_dtype, device=points.device)
         norms = torch.cat([self._centred(rows).square().sum(dim=1) for rows in points.split(_rows_at_once(width))])
         self.largest_norm = norms.max().sqrt()
+        if not bool(self.largest_norm.isfinite()):
+            raise ValueError("features must be finite, found NaN or infinity")
         self.tie = 1e-12 * float(self.largest_norm) ** 2
 
         # bound: squared distance to the nearest of the first `num_seen` centres; -1 once chosen.
