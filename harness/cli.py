@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="remake tables and pictures of a run")
     report.add_argument("run", help="id of a run, or its folder")
+    report.add_argument("--no-pictures", dest="pictures", action="store_false", help="draw no contact sheet per cell")
     _add_places(report)
     report.set_defaults(handle=_report)
 
@@ -206,12 +207,15 @@ def _report(parsed: argparse.Namespace, console: Console, command: str) -> int:
         raise AdgridError(f"{parsed.run}: no such run under {store.root}/runs; see `adgrid run`") from error
     rows = store.load_rows(record["cell_ids"])
     ordered = [rows[cell_id] for cell_id in record["cell_ids"] if cell_id in rows]
-    remake_sheets(store, ordered, _options(parsed).places, console)
+    with console.status("drawing"):
+        notes = remake_sheets(store, ordered) if parsed.pictures else []
     files = remake_report(
         store, run_id, ordered, title=record["name"], command=record["command"], expected=len(record["cell_ids"])
     )
     for matrix in build_matrices(rows_frame(ordered)):
         console.print(terminal_table(matrix))
+    for note in notes:
+        console.print(f"[yellow]{_escape(note)}[/]", soft_wrap=True)
     console.print(f"{len(files)} files in {store.root}/runs/{run_id}/report", soft_wrap=True)
     return 0
 

@@ -140,7 +140,9 @@ class FittedMethod:
 
     def _encoder_of(self, layers: tuple[str, ...]) -> FrozenBackbone:
         assert self._resolved.backbone is not None
-        return FrozenBackbone(self._resolved.backbone, layers, self._device)
+        return FrozenBackbone(
+            self._resolved.backbone, layers, self._device, image_size=self._resolved.preprocessing.image_size
+        )
 
     def _encode(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         # Built when a method first encodes an image itself: most read stored features and never need it.
@@ -150,7 +152,12 @@ class FittedMethod:
 
     def _trainable(self) -> torch.nn.Module:
         assert self._resolved.backbone is not None
-        return trainable_backbone(self._resolved.backbone, self._resolved.trial.layers, self._device)
+        return trainable_backbone(
+            self._resolved.backbone,
+            self._resolved.trial.layers,
+            self._device,
+            image_size=self._resolved.preprocessing.image_size,
+        )
 
     def _train_stages(self, train: Split, seed: int) -> None:
         """Trains the stages in order; one that was trained before on the same data is loaded instead."""

@@ -209,13 +209,16 @@ def build_matrix(
     for variant, texts in labels.items():
         cells = []
         for _, name, members in columns:
+            without = absent & {(name, category) for category in members}
             if (variant, name) in ran:
                 chosen = {
                     (category, seed): _choose(found.get((variant, name, category, seed), []))
                     for category in members
                     for seed in seeds[variant]
                 }
-                cells.append(_make_cell(chosen, metric, absent & {(name, category) for category in members}))
+                cells.append(_make_cell(chosen, metric, sorted(category for _, category in without)))
+            elif len(without) == len(members):
+                cells.append(MatrixCell(state="unavailable"))
             else:
                 cells.append(MatrixCell(state="hole", note="not run"))
         lines.append(MatrixRow(labels=texts, cells=tuple(cells)))
@@ -252,9 +255,8 @@ def _choose(records: Sequence[Record]) -> tuple[str, Record | None]:
 
 
 def _make_cell(
-    chosen: Mapping[tuple[str, int], tuple[str, Record | None]], metric: str, absent: set[tuple[str, str]]
+    chosen: Mapping[tuple[str, int], tuple[str, Record | None]], metric: str, without: list[str]
 ) -> MatrixCell:
-    without = sorted(category for _, category in absent)
     if len(without) == len({category for category, _ in chosen}):
         return MatrixCell(state="unavailable")
     counts = Counter(status for status, _ in chosen.values() if status != "ok")
@@ -265,9 +267,9 @@ def _make_cell(
             note = f"{number} of {len(chosen)} {status}"
         return MatrixCell(state="hole", note=note, reason=_first_reason(chosen))
     records = [record for _, record in chosen.values() if record is not None]
-    without += sorted({record.category for record in records if metric not in record.values} - set(without))
-    if without:
-        return MatrixCell(state="unavailable", note=f"not available for {', '.join(without)}")
+    lacking = sorted({record.category for record in records if metric not in record.values})
+    if lacking:
+        return MatrixCell(state="unavailable", note=f"not available for {', '.join(lacking)}")
     per_seed: dict[int, list[float]] = {}
     for record in records:
         per_seed.setdefault(record.seed, []).append(record.values[metric])

@@ -30,6 +30,7 @@ from harness.tables import (
 
 __all__ = ["build_matrices", "describe_protocol", "failures_table", "rows_frame", "terminal_table", "write_report"]
 
+_PROTOCOL_ORDER = ("image_size", "resize", "interpolation", "mask_rule", "cropped_anomaly", "smoothing")
 _AXES = ("method", "backbone", "representation", "layers", "shots", "params")
 
 
@@ -166,7 +167,9 @@ def _column_stamps(row: Mapping[str, Any], shots_is_axis: bool) -> tuple[str, ..
 
 def describe_protocol(protocol: Mapping[str, Any]) -> str:
     """An evaluation protocol as a short sentence; a field that is not known here is told by name and value."""
-    return ", ".join(_describe_field(name, value) for name, value in protocol.items())
+    known = [name for name in _PROTOCOL_ORDER if name in protocol]
+    names = [*known, *sorted(set(protocol) - set(known))]
+    return ", ".join(_describe_field(name, protocol[name]) for name in names)
 
 
 def _describe_field(name: str, value: Any) -> str:
@@ -310,7 +313,13 @@ def _remove_stale(folder: Path, written: set[Path]) -> None:
 
 def _headline(title: str, command: str, rows: Sequence[ResultRow], expected: int | None) -> list[str]:
     done = sum(row.status == "ok" for row in rows)
-    lines = [f"# {title}", "", f"    {command}", "", f"{len(rows)} cells: {done} with numbers, {len(rows) - done} without."]
+    lines = [
+        f"# {title}",
+        "",
+        f"    {command}",
+        "",
+        f"{len(rows)} cells: {done} with numbers, {len(rows) - done} without.",
+    ]
     if expected is not None and expected > len(rows):
         lines += [
             "",
@@ -325,7 +334,9 @@ def _matrix_sections(matrices: Sequence[Matrix], several: bool) -> list[str]:
     for matrix in matrices:
         stem = f"matrices/{_stem(matrix, several)}"
         heading = f"## {matrix.title}" + (f", protocol {matrix.protocol_id}" if several else "")
-        files = " · ".join(f"[{name}]({stem}.{kind})" for name, kind in (("CSV", "csv"), ("JSON", "json"), ("LaTeX", "tex")))
+        files = " · ".join(
+            f"[{name}]({stem}.{kind})" for name, kind in (("CSV", "csv"), ("JSON", "json"), ("LaTeX", "tex"))
+        )
         lines += ["", heading, "", f"![{matrix.title}]({stem}.png)", "", matrix_markdown(matrix), files]
     if not matrices:
         lines += ["", "There is nothing to show yet."]
@@ -360,7 +371,9 @@ def _failure_section(groups: Sequence[FailureGroup]) -> list[str]:
     lines = ["", "## Without a number", "", "| what | categories | cells | status | reason |", "|---|---|--:|---|---|"]
     for group in groups:
         reason = group.reason.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-        lines.append(f"| {group.what} | {', '.join(group.categories)} | {group.num_cells} | {group.status} | {reason} |")
+        lines.append(
+            f"| {group.what} | {', '.join(group.categories)} | {group.num_cells} | {group.status} | {reason} |"
+        )
     for group in groups:
         if group.traceback:
             block = ["```text", group.traceback.replace("```", "'''").rstrip(), "```"]
@@ -378,7 +391,11 @@ def _method_section(rows: Sequence[ResultRow], matrices: Sequence[Matrix]) -> li
     used = [name for name in METRICS if any(matrix.metric == name for matrix in matrices)]
     lines += [f"- {METRICS[name].title}: {METRICS[name].definition}" for name in used]
     own = _own_values(rows)
-    return [*lines, "", "The protocol leaves these to the method or backbone; the values were:", "", *own] if own else lines
+    return (
+        [*lines, "", "The protocol leaves these to the method or backbone; the values were:", "", *own]
+        if own
+        else lines
+    )
 
 
 def _provenance_section(rows: Sequence[ResultRow]) -> list[str]:

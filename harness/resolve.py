@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from harness.backbones import ResolvedBackbone, resolve_backbone, weights_fingerprint
+from harness.backbones import ResolvedBackbone, backbone_fingerprint, resolve_backbone
 from harness.contracts import (
     AdgridError,
     Cell,
@@ -100,7 +100,7 @@ def resolve_trial(trial: Trial, dataset: Dataset, cache_dir: str) -> ResolvedTri
         method=method,
         config=build_config(method, trial.params),
         backbone=backbone,
-        weights_id="" if backbone is None else weights_fingerprint(backbone),
+        weights_id="" if backbone is None else backbone_fingerprint(backbone),
         preprocessing=resolve_preprocessing(trial.protocol, backbone),
         protocol=resolve_protocol(trial.protocol, method, backbone),
     )

@@ -18,6 +18,7 @@ from harness.identity import canonical_json
 from harness.plan import Plan, make_plan
 from harness.progress import Listener, ProgressBoard
 from harness.report import rows_frame, write_report
+from harness.sheets import sheet_key
 from harness.space import load_space
 from harness.store import Store
 from harness.tracking import Mirror, TrackingUnavailable
@@ -180,12 +181,13 @@ def remake_report(
     store: Store, run_id: str, rows: Sequence[ResultRow], title: str, command: str, expected: int
 ) -> list[Path]:
     """Writes tables and pictures of a run into its folder and returns them as local files."""
+    # As seen from the report's folder, whether on a file system or under a URI.
+    drawn = set(store.names("sheets"))
+    sheets = {row.cell_id: f"../../../{sheet_key(row.cell_id)}" for row in rows if f"{row.cell_id}.png" in drawn}
     folder = store.local_path(f"runs/{run_id}/report")
-    if folder is not None:
-        return write_report(folder, rows, title=title, command=command, expected_cells=expected)
-    temporary = Path(tempfile.mkdtemp(prefix="adgrid-report-"))
-    files = write_report(temporary, rows, title=title, command=command, expected_cells=expected)
-    for file in files:
+    temporary = folder or Path(tempfile.mkdtemp(prefix="adgrid-report-"))
+    files = write_report(temporary, rows, title=title, command=command, expected_cells=expected, contact_sheets=sheets)
+    for file in files if folder is None else ():
         store.publish(f"runs/{run_id}/report/{file.relative_to(temporary)}", file.read_bytes())
     return files
 

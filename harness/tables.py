@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -218,6 +219,7 @@ def terminal_table(matrix: Matrix) -> Table:
         caption=Text("\n".join(describe_matrix(matrix)), style="dim"),
         caption_justify="left",
         header_style="bold",
+        box=SIMPLE_HEAD,
         pad_edge=False,
     )
     for name in matrix.header:
@@ -230,9 +232,7 @@ def terminal_table(matrix: Matrix) -> Table:
         if last not in ("", row.labels[0]):
             table.add_section()
         last = row.labels[0]
-        texts = [
-            _terminal_cell(matrix, cell, rank, bounds) for cell, rank in zip(row.cells, row_ranks, strict=True)
-        ]
+        texts = [_terminal_cell(matrix, cell, rank, bounds) for cell, rank in zip(row.cells, row_ranks, strict=True)]
         table.add_row(*(Text(label) for label in row.labels), *texts)
     return table
 
@@ -285,7 +285,12 @@ def failures_table(rows: Iterable[ResultRow]) -> Table:
     """The rows without a number and their reasons, as a table for a terminal."""
     groups = group_failures(rows)
     total = sum(group.num_cells for group in groups)
-    table = Table(title=Text(f"Without a number: {total} cells", style="bold"), title_justify="left", pad_edge=False)
+    table = Table(
+        title=Text(f"Without a number: {total} {'cell' if total == 1 else 'cells'}", style="bold"),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for name in ("what", "categories", "cells", "status", "reason"):
         table.add_column(name, overflow="fold", justify="right" if name == "cells" else "left")
     styles = {"failed": "red", "skipped": "yellow", "stopped": "cyan"}

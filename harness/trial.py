@@ -13,6 +13,7 @@ from harness.evaluate import evaluate
 from harness.fitting import FittedMethod, Notify
 from harness.resolve import CategoryData, ResolvedTrial, identify_cells, open_dataset, read_category, resolve_trial
 from harness.rows import finished_row, unfinished_row
+from harness.sheets import publish_sheet
 from harness.store import Store, StoredPrediction
 
 MAX_ATTEMPTS = 2
@@ -108,7 +109,7 @@ def score_cell(
     store: Store,
     settings: RunSettings,
 ) -> ResultRow:
-    """Metrics of one cell as a row; the image scores behind them are saved for reports and comparisons."""
+    """Metrics of one cell as a row; image scores and a contact sheet are saved beside it for reports."""
     start = time.perf_counter()
     own_score = resolved.trial.protocol.score_reduction == "method"
     result = evaluate(prediction, data.test, data.has_masks, resolved.protocol, resolved.preprocessing, own_score)
@@ -121,7 +122,11 @@ def score_cell(
     }
     store.publish_scores(cell.cell_id, columns)
     costs = {**prediction.facts["costs"], "evaluate_seconds": round(time.perf_counter() - start, 4)}
-    return finished_row(resolved, cell, data, result, prediction.facts, costs, rescored, settings)
+    row = finished_row(resolved, cell, data, result, prediction.facts, costs, rescored, settings)
+    if settings.pictures:
+        smoothing = float(resolved.protocol.smoothing)
+        publish_sheet(store, row, prediction, data.test, result.image_scores, resolved.preprocessing, smoothing)
+    return row
 
 
 def _count_attempt(cells: Sequence[Cell], store: Store, settings: RunSettings) -> None:

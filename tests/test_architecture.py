@@ -9,7 +9,7 @@ REPO = Path(__file__).parents[1]
 # A module may import those of lower layers, and within a layer only what stands to its left.
 LAYERS = [
     ["contracts"],
-    ["registry", "identity", "measure", "maps", "metrics", "store", "datasets", "backbones", "features", "training"],
+    ["registry", "identity", "measure", "maps", "metrics", "store", "datasets", "taps", "backbones", "features", "training"],
     ["figures", "resolve", "evaluate", "rows", "fitting", "sheets"],
     ["trial"],
     ["space", "plan", "progress"],

@@ -15,7 +15,10 @@ The order is nested: the first m indices are the coreset of size m. A sweep over
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,22 +57,75 @@ def greedy_coreset(
     Raises:
         ValueError: if `num`, `start` or the shape of `features` is out of range, or a feature is not finite.
     """
+    return extend_coreset(features, num, start, None, progress).order
+
+
+@dataclass(frozen=True)
+class CoresetState:
+    """How far a traversal has come; it can be taken further without doing anything again."""
+
+    order: Tensor
+    """(m,) int64 indices chosen so far."""
+    bound: Tensor
+    """(N,) float64 squared distance to the nearest of the first `num_seen` centres; -1 for the chosen."""
+    num_seen: Tensor
+    """(N,) int64."""
+
+
+@torch.no_grad()
+def extend_coreset(
+    features: Tensor,
+    num: int,
+    start: int | Tensor = 0,
+    state: CoresetState | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CoresetState:
+    """`greedy_coreset` in instalments: from the state of an earlier call with the same features and start to `num`.
+
+    Args and errors as for `greedy_coreset`; a `state` of None starts afresh, one with `num` or more choices is returned.
+    """
     _check(features, num, start)
+    if state is not None and len(state.order) >= num:
+        return state
     points = features.detach()
     if points.device.type == "mps":  # has no float64
         points = points.cpu()
-    selection = _Selection(points, num, start)
+    selection = _Selection(points, num, start, state)
     while selection.num_chosen < num:
         selection.choose_round()
         if progress is not None:
             progress(selection.num_chosen, num)
-    return selection.order.to(features.device)
+    return CoresetState(selection.order.to(features.device), selection.bound, selection.num_seen)
+
+
+class CoresetCache:
+    """Keeps the latest traversals, so that a sweep over ratios pays for its largest ratio alone.
+
+    Traversals are found by the content of the features and the start. One holds 16 bytes per feature.
+    """
+
+    def __init__(self, capacity: int = 4) -> None:
+        self.capacity = capacity
+        self.num_chosen = 0
+        """Choices made so far over all calls, those answered from the cache not counted."""
+        self._states: OrderedDict[str, CoresetState] = OrderedDict()
+
+    def select(self, features: Tensor, num: int, start: int | Tensor = 0) -> Tensor:
+        """The same as `greedy_coreset(features, num, start)`."""
+        key = _fingerprint(features, torch.as_tensor(start))
+        known = self._states.pop(key, None)
+        state = extend_coreset(features, num, start, known)
+        self.num_chosen += len(state.order) - (0 if known is None else len(known.order))
+        self._states[key] = state
+        while len(self._states) > self.capacity:
+            self._states.popitem(last=False)
+        return state.order[:num]
 
 
 class _Selection:
-    """State of one traversal: bounds of all points, centres so far."""
+    """One traversal: bounds of all points, centres so far."""
 
-    def __init__(self, points: Tensor, num: int, start: int | Tensor) -> None:
+    def __init__(self, points: Tensor, num: int, start: int | Tensor, state: CoresetState | None) -> None:
         num_points, width = points.shape
         self.points = points
         self.order = torch.empty(num, dtype=torch.int64, device=points.device)
@@ -87,9 +143,13 @@ class _Selection:
             raise ValueError("features must be finite, found NaN or infinity")
         self.tie = 1e-12 * float(self.largest_norm) ** 2
 
-        # bound: squared distance to the nearest of the first `num_seen` centres; -1 once chosen.
-        self.num_seen = torch.zeros(num_points, dtype=torch.int64, device=points.device)
+        if state is not None:
+            self.bound, self.num_seen = state.bound.clone(), state.num_seen.clone()
+            for index in state.order.to(points.device):
+                self._append(index, self._centred(points[index]))
+            return
         self.bound = self._starting_bound(start)
+        self.num_seen = torch.zeros(num_points, dtype=torch.int64, device=points.device)
         if isinstance(start, int):
             self._append(torch.tensor(start, device=points.device), self._centred(points[start]))
             self.num_seen += 1
@@ -206,6 +266,15 @@ def _screen_dtype(points: Tensor) -> torch.dtype:
     """float32 where its products are computed as such; float64 where the user allowed TF32 or bfloat16 for them."""
     full_precision = torch.get_float32_matmul_precision() == "highest"
     return torch.float32 if full_precision and points.dtype != torch.float64 else torch.float64
+
+
+def _fingerprint(*tensors: Tensor) -> str:
+    """Hash of shapes, dtypes and contents."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B"))
+    return digest.hexdigest()
 
 
 def _rows_at_once(width: int) -> int:

@@ -1,7 +1,6 @@
 """Small trees in the layout of MVTec AD, made by the tests that read them."""
 
 import numpy as np
-import pytest
 from PIL import Image
 
 
@@ -19,19 +18,14 @@ def save_mask(path, size=(12, 10), value=255):
     Image.fromarray(mask).save(path)
 
 
-@pytest.fixture
-def make_category():
+def make_category(root, name="bottle", masks=True):
     """Makes `<root>/<name>` with 3 training, 2 good and 2 cracked test images and their masks."""
-
-    def make(root, name="bottle", masks=True):
-        folder = root / name
-        for number in range(3):
-            save_image(folder / "train" / "good" / f"{number:03d}.png", 90 + number)
-        for number in range(2):
-            save_image(folder / "test" / "good" / f"{number:03d}.png", 80 + number)
-            save_image(folder / "test" / "crack" / f"{number:03d}.png", 40 + number)
-            if masks:
-                save_mask(folder / "ground_truth" / "crack" / f"{number:03d}_mask.png")
-        return folder
-
-    return make
+    folder = root / name
+    for number in range(3):
+        save_image(folder / "train" / "good" / f"{number:03d}.png", 90 + number)
+    for number in range(2):
+        save_image(folder / "test" / "good" / f"{number:03d}.png", 80 + number)
+        save_image(folder / "test" / "crack" / f"{number:03d}.png", 40 + number)
+        if masks:
+            save_mask(folder / "ground_truth" / "crack" / f"{number:03d}_mask.png")
+    return folder
