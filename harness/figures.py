@@ -1,7 +1,8 @@
 """Pictures: matrices as heat maps, and contact sheets of the most and least anomalous images of a cell.
 
-The one home of matplotlib. Figures are built from objects alone, so drawing neither opens a window nor touches the global
-state of pyplot. Colours are perceptually uniform and safe for colour-blind readers; nothing is told by colour alone.
+The one home of matplotlib. Figures are built from objects alone, so drawing neither opens a window nor touches the
+global state of pyplot. Colours are perceptually uniform and safe for colour-blind readers; nothing is told by colour
+alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from matplotlib import colormaps
@@ -64,7 +65,7 @@ class _Canvas:
         colour: str = INK,
         bold: bool = False,
         across: Literal["left", "center", "right"] = "left",
-        down: Literal["top", "center", "bottom", "baseline"] = "center",
+        down: Literal["center_baseline", "baseline"] = "center_baseline",
         angle: float = 0.0,
     ) -> None:
         self.axes.text(
@@ -82,8 +83,8 @@ class _Canvas:
             parse_math=False,
         )
 
-    def box(self, x: float, y: float, width: float, height: float, **style: object) -> None:
-        self.axes.add_patch(Rectangle((x, y), width, height, **style))  # type: ignore[arg-type]
+    def box(self, x: float, y: float, width: float, height: float, **style: Any) -> None:
+        self.axes.add_patch(Rectangle((x, y), width, height, **style))
 
     def image(self, x: float, y: float, width: float, height: float, pixels: np.ndarray) -> None:
         self.axes.imshow(pixels, extent=(x, x + width, y + height, y), interpolation="none", aspect="auto")
@@ -177,7 +178,7 @@ def draw_matrix(matrix: Matrix, target: str | Path | BinaryIO, dpi: float = 160)
             box = (left + number * cell_width, y, cell_width, row_height)
             marks = "".join(mark for stamp, mark in matrix.marks.items() if stamp in cell.stamps)
             _draw_cell(canvas, cell, cell_texts[line][number], marks, ranks[line][number] == "best", bounds, box)
-    if matrix.values:
+    if matrix.numbers:
         _draw_scale(canvas, left + grid_width + 0.22, top, min(grid_height, 2.6), bounds)
     for number, text in enumerate(notes):
         canvas.text(_MARGIN, top + grid_height + 0.25 + 0.16 * number, text, 7.5, colour=GREY)
@@ -202,7 +203,7 @@ def _draw_cell(
 ) -> None:
     x, y, width, height = box
     centre = (x + width / 2, y + height / 2)
-    frame = {"edgecolor": "white", "linewidth": 1.6}
+    frame: dict[str, Any] = {"edgecolor": "white", "linewidth": 1.6}
     if cell.value is None:
         if cell.state == "hole":
             canvas.box(*box, facecolor="white", edgecolor=HATCH, linewidth=0, hatch="////")
@@ -235,7 +236,7 @@ def _draw_scale(canvas: _Canvas, x: float, y: float, height: float, bounds: tupl
     spacing = 0.05 * max(math.ceil(round((high - low) / 0.05) / (5 if height > 1.2 else 2)), 1)
     ticks = [high - spacing * number for number in range(int((high - low) / spacing + 1e-9) + 1)]
     if ticks[-1] - low > spacing / 4:
-        ticks = [*(tick for tick in ticks if tick - low > spacing / 2), low]
+        ticks = [*(tick for tick in ticks if tick - low > spacing * 0.4), low]
     for tick in ticks:
         canvas.text(x + 0.19, y + height * (high - tick) / (high - low), f"{100 * tick:.4g}", 7.5, colour=GREY)
 
@@ -290,9 +291,9 @@ def draw_contact_sheet(
 ) -> None:
     """Draws the test images with the highest and with the lowest scores, each with its heat map.
 
-    The upper picture of a pair is the image with the outline of its mask, the lower one the same image in grey under its
-    anomaly map. All maps share one colour scale. A normal image among the highest and an anomalous one among the lowest
-    get a frame and a cross.
+    The upper picture of a pair is the image with the outline of its mask, the lower one the same image in grey under
+    its anomaly map. All maps share one colour scale. A normal image among the highest and an anomalous one among the
+    lowest get a frame and a cross.
 
     Args:
         items: at least one; either all test images or those of `pick_extremes`.
@@ -326,7 +327,9 @@ def draw_contact_sheet(
             _draw_pair(canvas, items[position], (x, y + 0.38), side, limits, expected, round(side * dpi))
     grid = _MARGIN + shown * (side + gap) - gap
     _draw_heat_scale(canvas, grid + 0.15, top + 0.38, 2 * side + 0.05, limits)
-    legend = "Outline: ground-truth mask.  Lower pictures: anomaly map over the grey image, one colour scale for all."
+    legend = "Outline: ground-truth mask. Lower pictures: anomaly map over the grey image, one colour scale for all."
+    if any(items[position].label != expected for _, _, positions, expected in bands for position in positions):
+        legend += " Frame and ✗: on the wrong side."
     for number, line in enumerate(_wrap([legend], 7.5, width - 2 * _MARGIN)):
         canvas.text(_MARGIN, canvas.height - 0.28 + 0.15 * number, line, 7.5, colour=GREY)
     canvas.save(target, dpi)
@@ -365,23 +368,26 @@ def _draw_pair(
     kind = "normal" if item.label == 0 else item.defect_type
     kind = textwrap.shorten(kind.replace("_", " "), 20, placeholder="…")
     canvas.text(x, bottom + 0.12, f"✗ {kind}" if is_wrong else kind, 8, bold=True, colour=ALERT if is_wrong else INK)
-    canvas.text(x + side, bottom + 0.12, f"{item.score:.4g}", 8, across="right")
+    canvas.text(x + side, bottom + 0.12, f"{item.score:#.4g}".rstrip("."), 8, across="right")
     canvas.text(x, bottom + 0.27, textwrap.shorten(item.name, 26, placeholder="…"), 6.5, colour=GREY)
 
 
 def _overlay(photo: np.ndarray, anomaly_map: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
-    """(H, W, 3) float in [0, 1]: the grey photo where all is normal, the heat colour where it is not."""
+    """(H, W, 3) uint8: the grey photo where all is normal, the heat colour where it is not."""
     low, high = limits
     heat = Image.fromarray(np.asarray(anomaly_map, dtype=np.float32))
     resized = np.asarray(heat.resize((photo.shape[1], photo.shape[0]), Image.Resampling.BILINEAR))
     place = np.clip((resized - low) / (high - low), 0.0, 1.0)
     grey = photo @ np.array([0.299, 0.587, 0.114]) / 255
     opacity = _opacity(place)[..., None]
-    return (1 - opacity) * np.repeat(grey[..., None], 3, axis=2) + opacity * _heat_colours(place)
+    mixed = (1 - opacity) * grey[..., None] + opacity * _heat_colours(place)
+    return (255 * mixed.clip(0, 1)).astype(np.uint8)
 
 
 def _opacity(place: np.ndarray) -> np.ndarray:
-    return 0.85 * np.clip(place * 1.6, 0.0, 1.0)
+    # Smooth at both ends, so that the noise of normal pixels stays faint.
+    ramp = np.clip(place / 0.6, 0.0, 1.0)
+    return 0.85 * ramp * ramp * (3 - 2 * ramp)
 
 
 def _heat_colours(place: np.ndarray) -> np.ndarray:

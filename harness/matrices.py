@@ -29,7 +29,7 @@ class MatrixCell:
     """One number of a matrix, or what stands in its place."""
 
     state: Literal["value", "hole", "unavailable"]
-    """`hole`: a row behind the number is failed, skipped, stopped or missing. `unavailable`: the metric does not exist."""
+    """`hole`: a row behind the number is missing or not ok. `unavailable`: the metric does not exist."""
     value: float | None = None
     """Mean over the categories, then over the seeds; a rate in [0, 1]. None unless `state` is `value`."""
     std: float | None = None
@@ -54,7 +54,7 @@ class MatrixRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """One metric under one evaluation protocol: rows are methods with their backbones, columns datasets or categories."""
+    """One metric under one evaluation protocol; rows are methods with their backbones."""
 
     metric: str
     """Name in `METRICS`."""
@@ -109,7 +109,7 @@ class Matrix:
         ]
 
     @property
-    def values(self) -> list[float]:
+    def numbers(self) -> list[float]:
         """All numbers of the matrix, row by row."""
         return [cell.value for row in self.rows for cell in row.cells if cell.value is not None]
 
@@ -121,7 +121,7 @@ class Matrix:
             order = sorted({value for value in printed if value is not None}, reverse=True)
             if sum(value is not None for value in printed) < 2:
                 continue
-            names: dict[int, Rank] = dict(zip(order, ("best", "second"), strict=False))  # type: ignore[arg-type]
+            names: dict[int, Rank] = dict(zip(order, ("best", "second"), strict=False))
             for number, value in enumerate(printed):
                 if value is not None:
                     ranks[number][column] = names.get(value, "")
@@ -129,10 +129,10 @@ class Matrix:
 
     def colour_range(self) -> tuple[float, float]:
         """Rates at the two ends of the colour scale: the numbers' range, widened to multiples of 0.05."""
-        if not self.values:
+        if not self.numbers:
             return 0.0, 1.0
-        low = math.floor(min(self.values) * 20 + 1e-9) / 20
-        high = math.ceil(max(self.values) * 20 - 1e-9) / 20
+        low = math.floor(min(self.numbers) * 20 + 1e-9) / 20
+        high = math.ceil(max(self.numbers) * 20 - 1e-9) / 20
         return (low, high) if high > low else (max(low - 0.05, 0.0), min(high + 0.05, 1.0))
 
 
@@ -170,8 +170,8 @@ class Record:
     prediction_id: str
     reason: str
     stamps: tuple[str, ...]
-    values: Mapping[str, float]
-    """Rates in [0, 1] by metric; a metric that is not available has no key."""
+    rates: Mapping[str, float]
+    """By metric, in [0, 1]; a metric that is not available has no key."""
 
 
 def build_matrix(
@@ -240,7 +240,7 @@ def build_matrix(
 def _absent(records: Sequence[Record], metric: str) -> set[tuple[str, str]]:
     """Categories in which finished rows show that the metric does not exist."""
     finished = {(record.dataset, record.category) for record in records if record.status == "ok"}
-    return finished - {(record.dataset, record.category) for record in records if metric in record.values}
+    return finished - {(record.dataset, record.category) for record in records if metric in record.rates}
 
 
 def _choose(records: Sequence[Record]) -> tuple[str, Record | None]:
@@ -267,12 +267,12 @@ def _make_cell(
             note = f"{number} of {len(chosen)} {status}"
         return MatrixCell(state="hole", note=note, reason=_first_reason(chosen))
     records = [record for _, record in chosen.values() if record is not None]
-    lacking = sorted({record.category for record in records if metric not in record.values})
+    lacking = sorted({record.category for record in records if metric not in record.rates})
     if lacking:
         return MatrixCell(state="unavailable", note=f"not available for {', '.join(lacking)}")
     per_seed: dict[int, list[float]] = {}
     for record in records:
-        per_seed.setdefault(record.seed, []).append(record.values[metric])
+        per_seed.setdefault(record.seed, []).append(record.rates[metric])
     means = [statistics.fmean(values) for values in per_seed.values()]
     return MatrixCell(
         state="value",

@@ -103,7 +103,8 @@ def build_matrices(
     """One matrix per protocol and metric: means over categories, then over seeds.
 
     A line is a method with its backbone, and with representation, shots, layers and parameters where they vary; what
-    makes a number or a hole is said in `build_matrix`. Where every dataset has one number of shots, a footnote tells it.
+    makes a number or a hole is said in `build_matrix`. Where every dataset has its one number of shots, footnotes
+    tell them.
 
     Args:
         frame: as `rows_frame` makes it.
@@ -126,7 +127,7 @@ def build_matrices(
         protocol = describe_protocol(json.loads(part["protocol"].iloc[0]))
         records = [record for record in _records(part, names) if dataset in (None, record.dataset)]
         finished = [record for record in records if record.status == "ok"]
-        shown = [name for name in names if any(name in record.values for record in finished)]
+        shown = [name for name in names if any(name in record.rates for record in finished)]
         if records and not finished:
             shown = list(names[:1])
         matrices += [build_matrix(records, name, dataset, protocol_id, protocol) for name in shown]
@@ -146,9 +147,9 @@ def _records(frame: pd.DataFrame, metrics: Sequence[str]) -> list[Record]:
     is_axis = any(len(values) > 1 for values in per_dataset.values())
     return [
         Record(
-            variant=Variant(**{axis: row[axis] if axis != "shots" or is_axis else None for axis in _AXES}),
+            variant=Variant(**{**{axis: row[axis] for axis in _AXES}, "shots": row["shots"] if is_axis else None}),
             stamps=_column_stamps(row, is_axis),
-            values={name: row[name] for name in metrics if row[name] is not None},
+            rates={name: row[name] for name in metrics if row[name] is not None},
             **{name: row[name] for name in ("dataset", "category", "seed", "status", "prediction_id", "reason")},
         )
         for row in rows
@@ -256,7 +257,7 @@ def write_report(
     frame = rows_frame(listed)
     matrices = build_matrices(frame)
     files: list[Path] = [_write(target / "rows.csv", frame.drop(columns="traceback").to_csv(index=False))]
-    several = frame["protocol_id"].nunique() > 1
+    several = len({row.protocol_id for row in listed}) > 1
     for matrix in matrices:
         stem = target / "matrices" / _stem(matrix, several)
         files += _write_tables(stem, matrix, (".csv", ".json", ".md", ".tex"))
@@ -265,7 +266,7 @@ def write_report(
         files.append(picture)
     per_dataset: dict[str, list[Matrix]] = {}
     for dataset in dict.fromkeys(frame["dataset"]):
-        if frame.loc[frame["dataset"] == dataset, "category"].nunique() > 1:
+        if len({row.category for row in listed if row.dataset == dataset}) > 1:
             per_dataset[dataset] = build_matrices(frame, dataset=dataset)
             for matrix in per_dataset[dataset]:
                 stem = target / "categories" / _file_name(dataset) / _stem(matrix, several)
@@ -384,8 +385,8 @@ def _failure_section(groups: Sequence[FailureGroup]) -> list[str]:
 def _method_section(rows: Sequence[ResultRow], matrices: Sequence[Matrix]) -> list[str]:
     lines = ["", "## How to read the numbers", ""]
     lines += [
-        "A number is the unweighted mean over the categories of a dataset, then over the seeds. A hole stands where a row "
-        "behind the number is failed, skipped, stopped or missing; n/a where the metric does not exist.",
+        "A number is the unweighted mean over the categories of a dataset, then over the seeds. A hole stands where a "
+        "row behind the number is missing or not ok; n/a where the metric does not exist.",
         "",
     ]
     used = [name for name in METRICS if any(matrix.metric == name for matrix in matrices)]

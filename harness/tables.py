@@ -135,7 +135,7 @@ def matrix_markdown(matrix: Matrix) -> str:
             text = format_percent(cell)
             texts.append((f"**{text}**" if rank == "best" else text) + _cell_marks(matrix, cell))
         lines.append(_markdown_line([*row.labels, *texts]))
-    notes = [_markdown_escape(line) for line in describe_matrix(matrix)]
+    notes = [f"- {_markdown_escape(line)}" for line in describe_matrix(matrix)]
     lead = f"**{matrix.title}** in percent, {_markdown_escape(matrix.subject)}; best of each column in bold."
     return "\n".join([lead, "", *lines, "", *notes]) + "\n"
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from harness.contracts import Batch, Context, Inputs, LevelChoice, Prediction, Split
 from methods.components.coreset import CoresetCache, draw_projection
+from methods.components.levels import collect_levels
 from methods.components.neighbours import nearest
 from methods.components.patches import PatchEmbedding, average_and_concatenate, pool_patches
 
@@ -54,8 +55,8 @@ class Config:
     num_starting_points: int = 10
     """Random patches whose mean distance stands in for the first centre of the coreset, >= 1."""
     aggregation: Literal["official", "concat"] = "official"
-    """`official`: patches are pooled to `embed_width`, levels together to `target_width` numbers. `concat`: each level is
-    averaged over the patch and the levels are laid end to end."""
+    """`official`: patches are pooled to `embed_width`, levels together to `target_width` numbers. `concat`: each level
+    is averaged over the patch and the levels are laid end to end."""
     patch_size: int = 3
     """Side of the neighbourhood, odd, >= 1."""
     embed_width: int = 1024
@@ -68,7 +69,7 @@ class Config:
     """`squared` is what the official code's index returns. It leaves the order of patches as it is, but not that of
     interpolated and smoothed maps."""
     reweighting: bool = False
-    """Lowers the image score where the nearest entry lies in a crowd (equation 7). For an image score of its own only."""
+    """Weighs the image score by how rare the nearest entry is in the memory bank (equation 7); maps stay as they are."""
     num_reweighting_neighbours: int = 9
     """Entries around the nearest one that make the crowd, itself included, >= 2."""
 
@@ -90,6 +91,9 @@ class Config:
             raise ValueError(f"num_reweighting_neighbours must be at least 2, got {self.num_reweighting_neighbours}")
 
 
+_Config = Config  # inside the class below, `Config` is its attribute
+
+
 class PatchCore:
     """A memory bank of normal patches; scores are distances to it."""
 
@@ -102,11 +106,11 @@ class PatchCore:
     Config = Config
 
     @classmethod
-    def inputs(cls, config: Config) -> Inputs:
+    def inputs(cls, config: _Config) -> Inputs:
         """Features of the frozen backbone."""
         return "features"
 
-    def __init__(self, config: Config, context: Context) -> None:
+    def __init__(self, config: _Config, context: Context) -> None:
         self.config, self.context = config, context
         widths = [width for width, _, _ in context.level_shapes]
         embedding = (
@@ -118,16 +122,14 @@ class PatchCore:
         self.memory_bank = torch.empty(0, embedding.width, device=context.device)
         """(M, E) patch features, in the order in which they were chosen."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def fit(self, train: Split) -> None:
         """Selects the memory bank from all patches of the normal images.
 
         The levels of all images and the projected patch features are held at once, the patch features themselves are
         computed in chunks and a second time for those that are kept.
         """
-        batches = [batch.levels for batch in train]
-        levels = [torch.cat([batch[level] for batch in batches]) for level in range(len(self.context.level_shapes))]
-        del batches
+        levels = collect_levels(train)
         num_patches = len(levels[0]) * levels[0].shape[2] * levels[0].shape[3]
         num_kept = max(1, int(num_patches * self.config.coreset_ratio))
         if num_kept == num_patches:
@@ -164,7 +166,7 @@ class PatchCore:
                 features[here] = chunk[rows[here] - first]
         return features
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, batch: Batch) -> Prediction:
         """Distances of every patch to the memory bank; the image score is that of the worst patch."""
         assert batch.levels is not None
@@ -177,7 +179,7 @@ class PatchCore:
         if self.config.reweighting:
             worst = worst + torch.arange(grid[0], device=worst.device) * (grid[1] * grid[2])
             image_score = image_score * self._crowd_weight(queries[worst], entries[worst, 0])
-        return Prediction(anomaly_map=anomaly_map.float().cpu(), image_score=image_score.float().cpu())
+        return Prediction(anomaly_map=anomaly_map, image_score=image_score)
 
     def _crowd_weight(self, worst: Tensor, entry: Tensor) -> Tensor:
         """(B,) weights of equation 7: one minus the softmax, at the nearest entry, of the worst patch's distances
@@ -194,7 +196,7 @@ class PatchCore:
         return {"memory_bank": self.memory_bank}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes a memory bank over."""
+        """Takes over the memory bank of a method with the same configuration and level shapes."""
         self.memory_bank = state["memory_bank"].to(self.context.device)
 
 

@@ -118,7 +118,7 @@ class LayoutDataset:
         if not is_folder(self.root):
             return LayoutProblem(category="", what=f"there is no folder {self.root}", remedy=place)
         folders = list_folders(self.root)
-        seen = f"its folders are {_some(folders)}" if folders else "it has no folders"
+        seen = f"its folders are {_join_first(folders)}" if folders else "it has no folders"
         return LayoutProblem(
             category="", what=f"{self.root} has no category (looked for {self.tree}; {seen})", remedy=place
         )
@@ -162,7 +162,7 @@ class LayoutDataset:
         """Every complaint about the requested categories: names, counts, pairs, readable files, sizes of masks.
 
         Args:
-            categories: which to check; None for all.
+            categories: which to check; None for all that are there or published.
             decode: also decode every image and mask, which finds truncated files and masks without a defect;
                 otherwise only their headers are read.
         """
@@ -170,7 +170,7 @@ class LayoutDataset:
         if problem is not None:
             return [problem]
         problems = []
-        for name in categories or self.category_names():
+        for name in sorted({*self.category_names(), *self.expected}) if categories is None else categories:
             unknown = self._name_problem(name)
             if unknown is not None:
                 problems.append(unknown)
@@ -192,7 +192,7 @@ class LayoutDataset:
         return LayoutProblem(
             category=name,
             what=f"there is no category {name!r} in {self.root} (looked for {self.tree})",
-            remedy=f"{hint}Found: {_some(known)}",
+            remedy=f"{hint}Found: {_join_first(known)}",
         )
 
     def _find_better_root(self) -> str | None:
@@ -267,7 +267,7 @@ def describe_pairing(category: str, pairing: Pairing, image_folder: str, mask_fo
             LayoutProblem(
                 category=category,
                 what=f"{len(pairing.without_mask)} anomalous images in {image_folder} have no mask in {mask_folder}: "
-                f"{_some(pairing.without_mask)}",
+                f"{_join_first(pairing.without_mask)}",
                 remedy="copy the missing masks (same stem, or with _mask); a category without any masks has no "
                 "ground_truth folder at all",
             )
@@ -277,7 +277,7 @@ def describe_pairing(category: str, pairing: Pairing, image_folder: str, mask_fo
             LayoutProblem(
                 category=category,
                 what=f"{len(pairing.without_image)} masks in {mask_folder} belong to no image in {image_folder}: "
-                f"{_some(pairing.without_image)}",
+                f"{_join_first(pairing.without_image)}",
                 remedy="copy the missing images, or remove these masks",
             )
         )
@@ -286,7 +286,7 @@ def describe_pairing(category: str, pairing: Pairing, image_folder: str, mask_fo
             LayoutProblem(
                 category=category,
                 what=f"{len(pairing.ambiguous)} images in {image_folder} and their masks in {mask_folder} are not one "
-                f"to one: {_some(pairing.ambiguous)}",
+                f"to one: {_join_first(pairing.ambiguous)}",
                 remedy="keep one image and one mask per stem",
             )
         )
@@ -381,7 +381,7 @@ def _stem(name: str) -> str:
     return unify_name(os.path.splitext(name)[0])
 
 
-def _some(names: Iterable[str], most: int = 5) -> str:
+def _join_first(names: Iterable[str], most: int = 5) -> str:
     """The first few names, and how many more there are."""
     names = list(names)
     shown = ", ".join(names[:most])

@@ -66,7 +66,7 @@ def paint_woven_fabric(rng: Generator) -> Surface:
     warp_colour = _vary(rng, (0.20, 0.29, 0.47), 0.02)
     weft_colour = _vary(rng, (0.74, 0.73, 0.68), 0.02)
     colour = np.where(warp_on_top[..., None], warp_colour, weft_colour)
-    return Surface(image=_expose(rng, colour * shade[..., None]), angle=angle)
+    return Surface(image=colour * shade[..., None] * _light(rng), angle=angle)
 
 
 def paint_brushed_metal(rng: Generator) -> Surface:
@@ -84,7 +84,7 @@ def paint_brushed_metal(rng: Generator) -> Surface:
     waviness = 0.02 * smooth_noise(rng, 4)
     shade = 0.46 + 0.24 * band + waviness + (0.035 + 0.025 * band) * grain
     tint = _vary(rng, (0.97, 1.0, 1.03), 0.01)
-    return Surface(image=_expose(rng, shade[..., None] * tint), angle=angle)
+    return Surface(image=shade[..., None] * tint * _light(rng), angle=angle)
 
 
 def paint_printed_tile(rng: Generator) -> Surface:
@@ -129,7 +129,7 @@ def paint_granite(rng: Generator) -> Surface:
     texture = 0.03 * smooth_noise(rng, 90) + 0.02 * rng.standard_normal((SIZE, SIZE))
     shade = 1 + tones[grain] + texture - 0.10 * boundary
     image = ndimage.gaussian_filter(palette[kinds[grain]] * shade[..., None], (0.6, 0.6, 0))
-    return Surface(image=_expose(rng, image), angle=rng.uniform(0, np.pi))
+    return Surface(image=image * _light(rng), angle=rng.uniform(0, np.pi))
 
 
 SURFACES = {
@@ -221,10 +221,6 @@ def _light(rng: Generator) -> Array:
     light = 1 + slope * (np.cos(direction) * x + np.sin(direction) * y) / (SIZE / 2)
     light = light - 0.05 * (x**2 + y**2) / (SIZE / 2) ** 2 + 0.03 * rng.standard_normal()
     return np.asarray(light[..., None])
-
-
-def _expose(rng: Generator, image: Array) -> Array:
-    return image * _light(rng)
 
 
 def _expose_print(

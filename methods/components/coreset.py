@@ -82,7 +82,8 @@ def extend_coreset(
 ) -> CoresetState:
     """`greedy_coreset` in instalments: from the state of an earlier call with the same features and start to `num`.
 
-    Args and errors as for `greedy_coreset`; a `state` of None starts afresh, one with `num` or more choices is returned.
+    Args and errors as for `greedy_coreset`. A `state` of None starts afresh; one with `num` choices or more is
+    returned as it is.
     """
     _check(features, num, start)
     if state is not None and len(state.order) >= num:
@@ -273,7 +274,7 @@ def _fingerprint(*tensors: Tensor) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B"))
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -217,7 +217,9 @@ def test_a_data_root_one_level_off_is_recognised(tmp_path):
         assert level in told
         assert f"name {tmp_path}/data/mine as its root, or {tmp_path}/data as --data-root" in told
     # Another dataset's folder is not offered in its place.
-    assert "there is no folder" in DATASET("visa", None, Places(data_root=str(tmp_path), cache_dir="unused")).missing()
+    for place in (tmp_path, tmp_path / "data", tmp_path / "data" / "mine"):
+        told = DATASET("visa", None, Places(data_root=str(place), cache_dir="unused")).missing()
+        assert told.startswith(f"there is no folder {place}/visa")
 
 
 def test_a_folder_without_categories_says_what_it_holds(tmp_path):
@@ -341,7 +343,10 @@ def test_published_counts_are_data_of_a_derived_layout(tmp_path):
     class Products(Folder):
         normal_folder = "ok"
         tree = "<category>/train/ok"
-        expected = {"01": Counts(train=3, good=2, defects={"ko": 2, "bad": 1})}
+        expected = {
+            "01": Counts(train=3, good=2, defects={"ko": 2, "bad": 1}),
+            "02": Counts(train=1, good=1, defects={"ko": 1}),
+        }
 
     for image in (
         "train/ok/0.bmp",
@@ -356,13 +361,15 @@ def test_published_counts_are_data_of_a_derived_layout(tmp_path):
     dataset = Products("products", str(tmp_path), Places(cache_dir="unused"))
     category = dataset.category("01")
     assert {sample.defect_type for sample in category.test} == {"good", "ko", "extra"}
-    problems = {problem.what: problem.remedy for problem in dataset.check()}
+    problems = {problem.what: problem.remedy for problem in dataset.check(["01"])}
     assert set(problems) == {
         "train: 2 images where 3 are published",
         "test/bad: 0 images where 1 are published",
         "test/extra: 1 images where 0 are published",
     }
     assert "extra" in problems["test/extra: 1 images where 0 are published"]
+    # A published category that is not there is missed where all are asked for.
+    assert [problem.category for problem in dataset.check()] == ["01", "01", "01", "02"]
 
 
 @pytest.mark.data

@@ -1,0 +1,352 @@
+"""The mirror of a run in MLflow: one parent run per search space, one child run per trial.
+
+The one home of MLflow. Rows on disk are the truth; this copy can be made at any time, from nothing or from half, and made
+again without doubling anything, because every value is compared with what MLflow already holds before it is written.
+One process writes, the driver of a run.
+
+    parent   tag `adgrid.run_id`    means per (dataset, method, backbone, whatever varies), counts, the report's files
+    child    tag `adgrid.trial_id`  axes and parameters, `<metric>/<category>`, means, costs, status
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.environment_variables import (
+    MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR,
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES,
+    MLFLOW_HTTP_REQUEST_TIMEOUT,
+    MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
+)
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from harness.contracts import AdgridError, ResultRow, Trial
+from harness.matrices import NO_BACKBONE, show_value
+from harness.report import build_matrices, rows_frame
+
+PARENT_TAG, RUN_TAG, TRIAL_TAG = "mlflow.parentRunId", "adgrid.run_id", "adgrid.trial_id"
+CELLS_TAG = "adgrid.cells"
+"""JSON on a child: category -> status of the row mirrored last."""
+FILES_TAG = "adgrid.files"
+"""Hash on the parent of the report files uploaded last."""
+COMMIT_TAG, TABLES_TAG = "mlflow.source.git.commit", "mlflow.loggedArtifacts"
+
+_MAX_KEY, _MAX_PARAM, _MAX_TAG = 250, 6000, 8000
+_METRICS_PER_BATCH, _OTHERS_PER_BATCH = 800, 90
+_SQLITE = re.compile(r"(sqlite(?:\+\w+)?):///(.+)")
+
+
+class TrackingUnavailable(RuntimeError):
+    """MLflow could not be reached or refused; nothing is lost, a later `sync` of the same rows catches up."""
+
+
+@dataclass
+class _Mirrored:
+    """What MLflow holds of one run."""
+
+    id: str
+    status: str
+    params: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: Run) -> _Mirrored:
+        data = run.data
+        return cls(run.info.run_id, run.info.status, dict(data.params), dict(data.metrics), dict(data.tags))
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """Category -> status."""
+        return json.loads(self.tags.get(CELLS_TAG, "{}"))
+
+
+class Mirror:
+    """Writes the rows of runs to one MLflow experiment."""
+
+    def __init__(self, tracking_uri: str, experiment: str) -> None:
+        """Nothing is opened before the first `sync`.
+
+        Args:
+            tracking_uri: of a server, or of a SQLite file, which is made if need be with its artifacts beside it.
+            experiment: name of the experiment, made if need be.
+
+        Raises:
+            AdgridError: a SQLite URI without a file.
+        """
+        self.tracking_uri = _absolute_uri(tracking_uri)
+        self.experiment = experiment
+        self._opened: tuple[MlflowClient, str] | None = None
+        self._known: dict[str, tuple[_Mirrored, dict[str, _Mirrored]]] = {}
+
+    def sync(
+        self,
+        space_name: str,
+        run_id: str,
+        rows: Iterable[ResultRow],
+        files: Sequence[Path] = (),
+        params: Mapping[str, object] | None = None,
+        finished: bool = False,
+        planned: Iterable[Trial] = (),
+    ) -> None:
+        """Brings MLflow up to date. Writes nothing that is there already.
+
+        A trial gets its means and its final status when every category has a row: as told by `planned`, else when the
+        run is `finished`. A mean is written only where every category has the number.
+
+        Args:
+            space_name: name of the parent run.
+            run_id: finds the parent run again.
+            rows: new rows, in any portions; those mirrored earlier count on. A finished row is never replaced by a
+                failed one.
+            files: of the report; kept on the parent under their places below the deepest folder that holds them all.
+            params: of the parent, written once and never changed.
+            finished: the run has ended; `rows` are all its rows, and their means go to the parent.
+            planned: the trials of the run.
+
+        Raises:
+            TrackingUnavailable: MLflow cannot be reached or refuses.
+        """
+        listed = list(rows)
+        expected = {trial.trial_id: trial.categories for trial in planned}
+        with self._reported():
+            client, experiment_id = self._open()
+            if run_id not in self._known:
+                self._known[run_id] = _find_runs(client, experiment_id, space_name, run_id)
+            parent, children = self._known[run_id]
+            by_trial: dict[str, list[ResultRow]] = {}
+            for row in listed:
+                by_trial.setdefault(row.trial_id, []).append(row)
+            for trial_id, members in by_trial.items():
+                if trial_id not in children:
+                    tags = {PARENT_TAG: parent.id, TRIAL_TAG: trial_id, "mlflow.source.name": "adgrid", **_user_tag()}
+                    run = client.create_run(experiment_id, run_name=_child_name(members[0]), tags=tags)
+                    children[trial_id] = _Mirrored.of(run)
+                _sync_child(client, children[trial_id], members, expected.get(trial_id))
+            if finished:
+                for child in children.values():
+                    _set_status(client, child, _final_status(list(child.cells.values()), child.status))
+            _sync_parent(client, parent, list(children.values()), listed, params or {}, finished)
+            if files:
+                _upload(client, parent, files)
+
+    def _open(self) -> tuple[MlflowClient, str]:
+        if self._opened is None:
+            _quieten_mlflow()
+            sqlite = _SQLITE.fullmatch(self.tracking_uri)
+            location = None
+            if sqlite:
+                folder = Path(sqlite.group(2)).parent
+                folder.mkdir(parents=True, exist_ok=True)
+                location = (folder / "mlartifacts" / re.sub(r"[^\w.-]+", "_", self.experiment)).as_uri()
+            client = MlflowClient(self.tracking_uri)
+            self._opened = client, _find_experiment(client, self.experiment, location)
+        return self._opened
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        # The exceptions of requests are OSErrors.
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            # What was written before the error is unknown, so it is read again next time.
+            self._opened = None
+            self._known.clear()
+            text = " ".join(str(error).split())
+            text = text if len(text) <= 300 else f"{text[:300]} …"
+            raise TrackingUnavailable(f"{_without_password(self.tracking_uri)}: {text}") from error
+
+
+def ui_command(tracking_uri: str) -> str:
+    """The shell command that shows a mirror: MLflow's own server for a database, the browser for a running server."""
+    if tracking_uri.startswith(("http://", "https://")):
+        return f"{shlex.quote(sys.executable)} -m webbrowser {shlex.quote(tracking_uri)}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(_absolute_uri(tracking_uri))}"
+
+
+def _absolute_uri(uri: str) -> str:
+    sqlite = _SQLITE.fullmatch(uri)
+    if sqlite is None and uri.startswith("sqlite"):
+        raise AdgridError(f"--tracking-uri {uri}: names no file; write sqlite:///FOLDER/mlflow.db")
+    return uri if sqlite is None else f"{sqlite.group(1)}:///{Path(sqlite.group(2)).expanduser().absolute()}"
+
+
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+
+
+def _quieten_mlflow() -> None:
+    """Few and short retries, no chatter. MLflow offers only its environment for this; what a user has set stays."""
+    choices: tuple[tuple[Any, object], ...] = (
+        (MLFLOW_HTTP_REQUEST_MAX_RETRIES, 2),
+        (MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR, 1),
+        (MLFLOW_HTTP_REQUEST_TIMEOUT, 30),
+        (MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT, True),
+    )
+    for variable, value in choices:
+        if not variable.is_set():
+            variable.set(value)
+    # "Creating initial MLflow database tables..." and the like.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+
+
+def _user_tag() -> dict[str, str]:
+    try:
+        return {"mlflow.user": getpass.getuser()}
+    except (KeyError, OSError):
+        # A container may run under a number that has no name.
+        return {}
+
+
+# --- finding what is there -------------------------------------------------------------------------------------
+
+
+def _find_experiment(client: MlflowClient, name: str, location: str | None) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException:
+            # Another driver may have made it in between.
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise MlflowException(f"experiment {name!r} is deleted; restore it in MLflow or name another one")
+    return found.experiment_id
+
+
+def _find_runs(
+    client: MlflowClient, experiment_id: str, space_name: str, run_id: str
+) -> tuple[_Mirrored, dict[str, _Mirrored]]:
+    """The parent run, made if need be, and its children by trial id."""
+    found = client.search_runs(
+        [experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", order_by=["attributes.start_time ASC"], max_results=1
+    )
+    if not found:
+        tags = {RUN_TAG: run_id, "mlflow.source.name": "adgrid", **_user_tag()}
+        return _Mirrored.of(client.create_run(experiment_id, run_name=space_name, tags=tags)), {}
+    parent = _Mirrored.of(found[0])
+    children: dict[str, _Mirrored] = {}
+    token: str | None = None
+    while token != "":
+        page = client.search_runs(
+            [experiment_id], f"tags.`{PARENT_TAG}` = '{parent.id}'", max_results=1000, page_token=token
+        )
+        for run in page:
+            children[run.data.tags.get(TRIAL_TAG, run.info.run_id)] = _Mirrored.of(run)
+        token = page.token or ""
+    return parent, children
+
+
+# --- writing what is not -----------------------------------------------------------------------------------------
+
+
+def _write(
+    client: MlflowClient,
+    run: _Mirrored,
+    *,
+    params: Mapping[str, object] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Logs what is new or changed, and remembers it. Parameters cannot change in MLflow, so only new ones count."""
+    new_params = {
+        key: text[:_MAX_PARAM]
+        for key, text in ((_key(name), _text(value)) for name, value in (params or {}).items())
+        if key not in run.params
+    }
+    new_metrics = {
+        key: value
+        for key, value in ((_key(name), float(value)) for name, value in (metrics or {}).items())
+        if run.metrics.get(key) != value
+    }
+    new_tags = {
+        key: value[:_MAX_TAG] for key, value in (tags or {}).items() if run.tags.get(key) != value[:_MAX_TAG]
+    }
+    now = int(time.time() * 1000)
+    points = [Metric(key, value, now, 0) for key, value in new_metrics.items()]
+    others = [Param(key, value) for key, value in new_params.items()]
+    labels = [RunTag(key, value) for key, value in new_tags.items()]
+    while points or others or labels:
+        client.log_batch(
+            run.id, points[:_METRICS_PER_BATCH], others[:_OTHERS_PER_BATCH], labels[:_OTHERS_PER_BATCH]
+        )
+        points, others, labels = (
+            points[_METRICS_PER_BATCH:],
+            others[_OTHERS_PER_BATCH:],
+            labels[_OTHERS_PER_BATCH:],
+        )
+    run.params.update(new_params)
+    run.metrics.update(new_metrics)
+    run.tags.update(new_tags)
+
+
+def _set_status(client: MlflowClient, run: _Mirrored, status: str) -> None:
+    if run.status == status:
+        return
+    if status == "RUNNING":
+        client.update_run(run.id, status)
+    else:
+        client.set_terminated(run.id, status)
+    run.status = status
+
+
+def _key(name: str) -> str:
+    """A name that MLflow takes for a metric or parameter: letters, digits and `_ - . : / space`, 250 at most."""
+    # MLflow reads a key as a path and refuses one that another path could mean.
+    parts = [re.sub(r"[^\w.: -]", "_", part.replace("=", ":")) for part in name.split("/")]
+    key = "/".join("_" if part in ("", ".", "..") else part for part in parts)
+    return key if len(key) <= _MAX_KEY else f"{key[: _MAX_KEY - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _text(value: object) -> str:
+    return "none" if value is None else show_value(value)
+
+
+def _sync_child(
+    client: MlflowClient, child: _Mirrored, rows: Sequence[ResultRow], categories: Sequence[str] | None
+) -> None:
+    cells = child.cells
+    fresh = [row for row in rows if row.status == "ok" or cells.get(row.category) != "ok"]
+    if not fresh:
+        return
+    row = fresh[-1]
+    cells |= {row.category: row.status for row in sorted(fresh, key=lambda row: row.status == "ok")}
+    metrics = {
+        f"{name}/{row.category}": value for row in fresh for name, value in (*row.metrics.items(), *row.costs.items())
+    }
+    is_complete = categories is not None and set(categories) <= set(cells)
+    stamps = dict.fromkeys([*filter(None, child.tags.get("stamps", "").split("; ")), *(s for r in fresh for s in r.stamps)])
+    tags = {
+        "method": row.method,
+        "backbone": row.backbone or "none",
+        "representation": row.representation,
+        "dataset": row.dataset,
+        "protocol_id": row.protocol_id,
+        "stamps": "; ".join(stamps),
+        "status": _status_word(list(cells.values())),
+        CELLS_TAG: json.dumps(cells, sort_keys=True),
+    }
+    if row.provenance.get("git_commit"):
+        tags[COMMIT_TAG] = row.provenance["git_commit"]
+    _write(client, child, params=_child_params(row), metrics=metrics, tags=tags)
+    _set_status(client, child, _final_status(list(cells.values()), child.status) if is_complete else "RUNNING")
