@@ -1,365 +1,523 @@
-# LEAD TO METRICS ENGINEER: I overwrote your file by mistake at 01:28, sorry. Write yours again over this one (mine is kept at /tmp/lead_metrics.py; take from either what is better: it is exact and takes 0.24 s for 100 maps 256x256). Same for maps.py (/tmp/lead_maps.py).
-"""Image and pixel metrics, exact to a bound that comes with the number.
+"""Image and pixel metrics: exact, or exact to a bound that is returned with the number.
 
-The order of float32 bit patterns, after a flip for negative numbers, is the order of the numbers. So a histogram over
-their upper 20 bits needs no range, takes constant memory and merges by addition over batches, workers and nodes. The
-order of pixels is unknown only inside a bin, which bounds the error. A second look at the same maps resolves the bins
-that carry the bound, by sorting their pixels.
+Image metrics sort the few scores there are. Pixel metrics never hold the pixels. The bit patterns of float32 numbers,
+read as integers, are ordered as the numbers are (once those of negative numbers are flipped), so a histogram over
+their upper 20 bits needs no range, adds up over batches, workers and nodes, and orders all scores but those that
+share a bin. From it each metric follows with the largest error that any order inside the bins could cause. A second
+pass over the same maps splits only the bins that carry this error, by the lower 12 bits.
 
-All metrics read one curve: groups of pixels in falling order of score, each with its normal pixels, its defective
-pixels and their weight 1 / (area of their region).
+Ties count as in scikit-learn: AUROC joins them by a straight line, average precision and F1 take them at once.
+
+AUPRO is the one of Bergmann et al., "The MVTec 3D-AD Dataset" (arXiv 2112.09045), with every threshold there is: each
+8-connected region weighs the same, its overlap is the share of its pixels strictly above a threshold, the thresholds
+are the scores of the normal pixels, the curve is straight between them and ends at (1, 1), it is cut by interpolation
+at the false-positive limit, and the area is divided by that limit. Normal pixels that share one score are one step
+along the false-positive rate, as in AUROC, so that a constant map gets half the limit.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import torch
-from scipy import ndimage, special
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
-from torch import Tensor
+from scipy import ndimage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METRIC_VERSION = 1
-"""Raised when a number moves; enters every cell id."""
+"""Raised when the numbers move: rows are then scored again from stored predictions."""
 
-BOUND = 1e-6
-"""Largest error that is left where the maps can be looked at again."""
-LOW_BITS = 12
-NUM_BINS = 1 << (32 - LOW_BITS)
-SORT_PIXELS = 1 << 23
-"""Pixels sorted at once in the second look; bounds its memory at about 100 MiB."""
+TOLERANCE = 1e-6
+"""Largest error that `PixelMetrics.compute` leaves in a metric when it may replay the maps."""
 
-Replay = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+_LOW_BITS = 12
+_NUM_BINS = 1 << (32 - _LOW_BITS)
+_MAX_SLOTS = 1 << 22  # intervals that one replay may count: 100 MiB at most
+_CHUNK = 1 << 15  # pixels counted at once, so that what is computed from them stays in the cache
+_INFINITY = 0x7F80_0000  # bit pattern of +inf; those above it are NaN
 
 
 class MetricError(ValueError):
-    """Scores or labels for which a metric is not defined."""
+    """Scores or ground truth that no metric can be computed from."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class MetricInfo:
-    """A metric as reports name it."""
+    """What a metric is called and what it measures."""
 
-    kind: str
-    """`image` or `pixel`."""
+    kind: Literal["image", "pixel"]
     title: str
     definition: str
 
 
-METRICS = {
-    "image_auroc": MetricInfo("image", "image AUROC", "area under the ROC curve of the image scores"),
-    "image_ap": MetricInfo("image", "image AP", "average precision of the image scores, step sum"),
-    "image_f1_max": MetricInfo("image", "image F1-max", "best F1 along the precision-recall curve of the image scores"),
-    "pixel_auroc": MetricInfo("pixel", "pixel AUROC", "area under the ROC curve of all pixels of the category, pooled"),
-    "pixel_ap": MetricInfo("pixel", "pixel AP", "average precision of all pixels of the category, pooled, step sum"),
-    "pixel_f1_max": MetricInfo("pixel", "pixel F1-max", "best F1 along the precision-recall curve of all pixels"),
-    "aupro": MetricInfo("pixel", "AUPRO", "area under the mean overlap of defect regions, up to a false-positive rate"),
+METRICS: dict[str, MetricInfo] = {
+    "image_auroc": MetricInfo("image", "Image AUROC", "area under the ROC curve of the image scores"),
+    "image_ap": MetricInfo("image", "Image AP", "average precision of the image scores (step sum)"),
+    "image_f1_max": MetricInfo("image", "Image F1-max", "best F1 of the image scores over all thresholds"),
+    "pixel_auroc": MetricInfo("pixel", "Pixel AUROC", "area under the ROC curve of all pixels of all images, pooled"),
+    "pixel_ap": MetricInfo("pixel", "Pixel AP", "average precision of all pixels, pooled (step sum)"),
+    "pixel_f1_max": MetricInfo("pixel", "Pixel F1-max", "best F1 of all pixels, pooled, over all thresholds"),
+    "aupro": MetricInfo("pixel", "AUPRO", "area under the per-region overlap up to a false-positive rate, over that rate"),
 }
-"""Every metric in the order of reports."""
+"""All metrics in the order in which reports show them; rates in [0, 1], higher is better."""
 
 
-# --- images ----------------------------------------------------------------------------------------------------
-
-
-def image_metrics(image_score: Tensor | np.ndarray, label: Tensor | np.ndarray) -> dict[str, float]:
-    """Exact metrics of image scores, with ties as scikit-learn treats them.
+def image_metrics(image_score: np.ndarray | Tensor, label: np.ndarray | Tensor) -> dict[str, float]:
+    """AUROC, average precision and best F1 of image scores, exact.
 
     Args:
-        image_score: (N,) finite, higher = more anomalous.
-        label: (N,) 1 = anomalous, 0 = normal.
+        image_score: (N,) higher = more anomalous.
+        label: (N,) 0 normal, 1 anomalous.
 
     Returns:
         `image_auroc`, `image_ap` and `image_f1_max`, in [0, 1].
 
     Raises:
-        MetricError: scores that are not finite, shapes that differ, only one class.
+        MetricError: wrong shapes, labels other than 0 and 1, NaN or infinite scores, or only one class.
     """
-    scores, labels = np.asarray(image_score, dtype=np.float64), np.asarray(label).astype(np.int64)
-    if scores.ndim != 1 or scores.shape != labels.shape:
-        raise MetricError(f"image scores {scores.shape} and labels {labels.shape} must be one list of the same length")
-    if not np.isfinite(scores).all():
-        bad = np.flatnonzero(~np.isfinite(scores))
-        raise MetricError(f"{len(bad)} of {len(scores)} image scores are NaN or infinite, the first at index {bad[0]}")
-    num_anomalous = int(labels.sum())
-    if num_anomalous in (0, len(labels)):
-        lacking = "anomalous" if num_anomalous == 0 else "normal"
-        raise MetricError(f"no {lacking} image among {len(labels)} test images; image metrics need both classes")
-    precision, recall, _ = precision_recall_curve(labels, scores)
-    return {
-        "image_auroc": float(roc_auc_score(labels, scores)),
-        "image_ap": float(average_precision_score(labels, scores)),
-        "image_f1_max": float(_f1(precision, recall).max()),
-    }
+    score, truth = _to_numpy(image_score), _to_numpy(label)
+    if score.ndim != 1 or truth.shape != score.shape:
+        raise MetricError(f"image_score and label must both be (N,), got {score.shape} and {truth.shape}")
+    if not np.isin(truth, (0, 1)).all():
+        raise MetricError(f"labels must be 0 (normal) or 1 (anomalous), got {np.unique(truth)[:5].tolist()}")
+    _check_finite(score, "image score")
+    num_anomalous = int(np.count_nonzero(truth))
+    _check_both_classes("image", "anomalous", len(truth) - num_anomalous, num_anomalous)
+    distinct, place = np.unique(score, return_inverse=True)
+    anomalous = np.bincount(place[truth != 0], minlength=len(distinct))[::-1]
+    normal = np.bincount(place)[::-1] - anomalous
+    results = _rank_metrics(normal, anomalous, exact=np.ones(len(distinct), dtype=bool))
+    return {f"image_{name}": result.value for name, result in results.items()}
 
 
-def _f1(precision: np.ndarray, recall: np.ndarray) -> np.ndarray:
-    return 2 * precision * recall / np.maximum(precision + recall, np.finfo(np.float64).tiny)
-
-
-# --- pixels ----------------------------------------------------------------------------------------------------
-
-
-def label_regions(mask: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Connected regions of defective pixels, diagonal neighbours included.
+def label_regions(mask: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers the 8-connected defect regions of a mask.
 
     Args:
         mask: (H, W), non-zero is defect.
 
     Returns:
-        (H, W) int32 labels from 1, 0 outside; (R,) int64 areas in pixels.
+        (H, W) int32 labels, 0 outside and 1..R inside, and (R,) int64 areas in pixels.
     """
-    labels, num = ndimage.label(np.asarray(mask) != 0, structure=np.ones((3, 3), dtype=bool), output=np.int32)
-    return labels, np.bincount(labels.ravel(), minlength=num + 1)[1:].astype(np.int64)
+    labels, num_regions = ndimage.label(_to_numpy(mask) != 0, structure=np.ones((3, 3), dtype=bool))
+    return labels, np.bincount(labels.ravel(), minlength=num_regions + 1)[1:]
 
 
 class PixelMetrics:
-    """Pixel AUROC, AP, F1-max and AUPRO of one category, gathered batch by batch.
+    """Pixel AUROC, AP, F1-max and AUPRO of any number of maps in constant memory (24 MiB; pickled, a small part of it).
 
-    AUPRO is the official definition of MVTec AD (Bergmann et al., IJCV 2021, section 5.2) with every distinct score as
-    a threshold: each 8-connected region weighs the same, the overlap of a region is the share of its pixels above the
-    threshold, and the mean overlap is integrated by trapezoids over the false-positive rate up to the limit, divided by it.
-
-    Memory does not grow with the number of images, and results do not depend on how images are batched or spread.
+    Counts are integers and the weights 1/area are float64, so neither the order and size of the batches nor the number
+    of workers changes more than the last digits (1e-12). Workers count their own maps and `merge`. Where the maps are
+    spread over workers too, `plan_refinement` on the merged object, `Refinement.update` on every worker's own maps,
+    `Refinement.merge` and `refine` do together what `compute(replay)` does alone.
     """
 
     def __init__(self, aupro_limit: float = 0.3) -> None:
-        """Args: false-positive rate up to which AUPRO integrates, in (0, 1]."""
+        """Args: aupro_limit, the false-positive rate up to which AUPRO integrates, in (0, 1]."""
         if not 0 < aupro_limit <= 1:
-            raise ValueError(f"aupro_limit must be in (0, 1], got {aupro_limit}")
+            raise MetricError(f"aupro_limit must be in (0, 1], got {aupro_limit}")
         self.aupro_limit = aupro_limit
-        self._counts = np.zeros((NUM_BINS, 2), dtype=np.int64)
-        self._weights = np.zeros(NUM_BINS, dtype=np.float64)
-        self._num_regions = 0
+        self._histogram = _Histogram(_NUM_BINS)
+        self._refined: _Intervals | None = None
 
     def update(
-        self, anomaly_map: Tensor, mask: Tensor, regions: Iterable[tuple[np.ndarray, np.ndarray]] | None = None
+        self, anomaly_map: np.ndarray | Tensor, mask: np.ndarray | Tensor, regions: np.ndarray | Tensor | None = None
     ) -> None:
-        """Adds images.
+        """Counts the pixels of a batch. What was refined before is forgotten.
 
         Args:
-            anomaly_map: (B, H, W) or (H, W) finite scores, higher = more anomalous.
-            mask: the same shape; non-zero is defect.
-            regions: `label_regions` of each mask, where they are known already.
+            anomaly_map: (B, H, W) or (H, W), higher = more anomalous; read as float32, from any device in one copy.
+            mask: same shape, non-zero is defect.
+            regions: same shape, the labels of `label_regions` for each image; None labels the masks here.
 
         Raises:
-            MetricError: scores that are not finite, or shapes that differ.
+            MetricError: shapes differ, a score is NaN or infinite, or regions and mask disagree.
         """
-        keys, defect, weight, num_regions = _read(anomaly_map, mask, regions)
-        bins = (keys >> LOW_BITS) + NUM_BINS // 2
-        flags = torch.zeros_like(bins)
-        flags[defect] = 1
-        index = bins * 2 + flags
-        self._counts += torch.bincount(index, minlength=2 * NUM_BINS).reshape(-1, 2).cpu().numpy()
-        if len(defect):
-            self._weights += torch.bincount(bins[defect], weights=weight, minlength=NUM_BINS).cpu().numpy()
-        self._num_regions += num_regions
+        self._histogram.add(_read_pixels(anomaly_map, mask, regions), _bin_of)
+        self._refined = None
 
-    def merge(self, other: PixelMetrics) -> None:
-        """Adds what another instance gathered. Raises ValueError if its AUPRO limit differs."""
+    def merge(self, other: PixelMetrics) -> PixelMetrics:
+        """Adds the counts of another worker to these and returns self. Raises MetricError if the limits differ."""
         if other.aupro_limit != self.aupro_limit:
-            raise ValueError(f"cannot merge AUPRO limits {self.aupro_limit} and {other.aupro_limit}")
-        self._counts += other._counts
-        self._weights += other._weights
-        self._num_regions += other._num_regions
+            raise MetricError(f"cannot merge AUPRO limits {self.aupro_limit} and {other.aupro_limit}")
+        self._histogram.merge(other._histogram)
+        self._refined = None
+        return self
 
-    def compute(self, replay: Replay | None = None) -> dict[str, float]:
-        """The metrics of all images so far.
+    def compute(self, replay: Callable[[], Iterable[tuple[Any, ...]]] | None = None) -> dict[str, float]:
+        """The four metrics, each with the largest error that it can have.
 
         Args:
-            replay: yields all (anomaly_map, mask) of `update` again, in any order and batches. Without it the numbers
-                come from the histogram alone.
+            replay: yields the arguments that `update` was given, in any order. It is called until every bound is at
+                most `TOLERANCE`: not at all where one pass was enough, otherwise once for all but unusual scores.
 
         Returns:
-            `pixel_auroc`, `pixel_ap`, `pixel_f1_max`, `aupro` in [0, 1], and for each `<name>_bound`, the largest
-            possible error; with `replay` every bound is at most 1e-6.
+            `pixel_auroc`, `pixel_ap`, `pixel_f1_max`, `aupro` in [0, 1], and for each `<name>_bound`: the true value
+            is no further than this from the number, rounding of float64 (1e-12) aside.
 
         Raises:
-            MetricError: no defective or no normal pixel.
+            MetricError: there is no defective or no normal pixel, or the replayed pixels are not those counted before.
         """
-        num_normal, num_defect = (int(total) for total in self._counts.sum(axis=0))
-        if num_defect == 0 or num_normal == 0:
-            lacking = "defective" if num_defect == 0 else "normal"
-            raise MetricError(f"no {lacking} pixel in the masks of the test images; pixel metrics need both")
-        curve = _Curve.from_bins(self._counts, self._weights / self._num_regions)
-        if replay is not None:
-            curve = self._resolve(curve, replay)
-        return {name: float(value) for name, value in curve.metrics(self.aupro_limit).items()}
+        results = self._results()
+        while replay is not None and (refinement := self._plan(results)) is not None:
+            for batch in replay():
+                refinement.update(*batch)
+            self.refine(refinement)
+            results = self._results()
+        bounds = {f"{name}_bound": result.bound for name, result in results.items()}
+        return {name: result.value for name, result in results.items()} | bounds
 
-    def _resolve(self, curve: _Curve, replay: Replay) -> _Curve:
-        """Replaces the bins that carry the bounds by their sorted pixels, a bounded number of pixels at a time."""
-        chosen = curve.worst_bins(self.aupro_limit, BOUND)
-        sizes = np.cumsum(self._counts[chosen].sum(axis=1))
-        groups = (
-            np.split(chosen, np.searchsorted(sizes, np.arange(SORT_PIXELS, sizes[-1], SORT_PIXELS)))
-            if len(chosen)
-            else []
-        )
-        parts = [curve.without(chosen)]
-        for group in groups:
-            if len(group):
-                parts.append(_sort_bins(np.sort(group), replay, self._num_regions))
-        return _Curve.join(parts)
+    def plan_refinement(self) -> Refinement | None:
+        """The second pass that is needed, with nothing counted yet; None when every bound is at most `TOLERANCE`."""
+        return self._plan(self._results())
+
+    def refine(self, refinement: Refinement) -> None:
+        """Replaces the bins of a counted second pass. Raises MetricError if it has seen other pixels than the first."""
+        first, second, finer = self._histogram, refinement._histogram, refinement._intervals()
+        bins = refinement._bins
+        counts = [np.bincount(finer.bin, count, minlength=_NUM_BINS)[bins] for count in (finer.normal, finer.defect)]
+        same = np.array_equal(counts[0] + counts[1], first.pixels[bins]) and np.array_equal(counts[1], first.defects[bins])
+        if not same or second.pixels.sum() != first.pixels.sum() or second.num_regions != first.num_regions:
+            raise MetricError("the replayed maps or masks are not those counted before: replay must give the same pixels")
+        self._refined = self._intervals().replace(finer)
+
+    def _intervals(self) -> _Intervals:
+        if self._refined is not None:
+            return self._refined
+        occupied = np.flatnonzero(self._histogram.pixels)[::-1]
+        return _Intervals.count(self._histogram, occupied, occupied, np.full(len(occupied), _LOW_BITS))
+
+    def _results(self) -> dict[str, _Result]:
+        """The metrics and, per interval, what its unknown inner order may change."""
+        intervals, num_regions = self._intervals(), self._histogram.num_regions
+        num_defect = int(intervals.defect.sum())
+        _check_both_classes("pixel", "defective", int(intervals.normal.sum()), num_defect)
+        exact = intervals.shift <= self._histogram.num_unused_bits()
+        ranked = _rank_metrics(intervals.normal, intervals.defect, exact)
+        aupro = _aupro(intervals, exact, num_regions, self.aupro_limit)
+        return {f"pixel_{name}": result for name, result in ranked.items()} | {"aupro": aupro}
+
+    def _plan(self, results: dict[str, _Result]) -> Refinement | None:
+        """Splits as few bins as finely as it takes to bring each bound below the tolerance.
+
+        Scores are taken to be spread evenly inside a bin, so that r times as many slots leave 1/r of its error. The
+        fewest slots in all are then had with r in proportion to the root of (error / slots), by Lagrange's rule.
+        """
+        intervals = self._intervals()
+        starts = np.flatnonzero(np.diff(intervals.bin, prepend=-1))
+        slots = 2.0 ** (_LOW_BITS - intervals.shift[starts])
+        wanted, weight = np.zeros(len(starts)), np.zeros(len(starts))
+        for result in results.values():
+            if result.bound <= TOLERANCE:
+                continue
+            if result.errors_add_up:
+                error = np.add.reduceat(result.error, starts)
+                factor = np.sqrt(error / slots) * np.sqrt(error * slots).sum() / (0.8 * TOLERANCE)
+            else:
+                error = np.maximum.reduceat(result.error, starts)
+                factor = error / (0.8 * TOLERANCE)
+            # A bin that is split again was not spread evenly; at least four-fold, it is soon resolved.
+            wanted = np.maximum(wanted, np.where(factor > 1, slots * np.maximum(factor, np.where(slots > 1, 4, 1)), 0))
+            weight = np.maximum(weight, error / result.bound)
+        chosen = np.flatnonzero(wanted)
+        if not len(chosen):
+            return None
+        split_bits = np.ceil(np.log2(wanted[chosen])).astype(np.int64)
+        split_bits = np.minimum(split_bits, _LOW_BITS - self._histogram.num_unused_bits())
+        heaviest_first = np.argsort(-weight[chosen], kind="stable")
+        fits = heaviest_first[np.cumsum(1 << split_bits[heaviest_first]) <= _MAX_SLOTS]
+        return Refinement(intervals.bin[starts[chosen[fits]]], _LOW_BITS - split_bits[fits])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Curve:
-    """Groups of pixels, any order until `join`; positions are float32 order keys of the group's lowest pixel."""
+class Refinement:
+    """A second pass: counts the scores of some bins by their lower bits. Made by `PixelMetrics.plan_refinement`."""
 
-    position: np.ndarray
+    def __init__(self, bins: np.ndarray, shift: np.ndarray) -> None:
+        """Args: bins (S,) distinct; shift (S,), how many low bits of a score each leaves unresolved."""
+        order = np.argsort(bins)
+        self._bins, self._shift = bins[order], shift[order]
+        self._num_slots = 1 << (_LOW_BITS - self._shift)
+        ends = np.cumsum(self._num_slots)
+        # One more slot, the last, takes the pixels of all other bins.
+        self._histogram = _Histogram(int(ends[-1]) + 1)
+        self._first_slot = np.full(_NUM_BINS, ends[-1])
+        self._first_slot[self._bins] = ends - self._num_slots
+        self._shift_of_bin = np.full(_NUM_BINS, _LOW_BITS, dtype=np.int32)
+        self._shift_of_bin[self._bins] = self._shift
+
+    def __getstate__(self) -> tuple[np.ndarray, np.ndarray, _Histogram]:
+        return self._bins, self._shift, self._histogram
+
+    def __setstate__(self, state: tuple[np.ndarray, np.ndarray, _Histogram]) -> None:
+        self.__init__(*state[:2])  # type: ignore[misc]
+        self._histogram = state[2]
+
+    def update(
+        self, anomaly_map: np.ndarray | Tensor, mask: np.ndarray | Tensor, regions: np.ndarray | Tensor | None = None
+    ) -> None:
+        """Counts a batch again; arguments and errors as in `PixelMetrics.update`."""
+        self._histogram.add(_read_pixels(anomaly_map, mask, regions), self._slot_of)
+
+    def merge(self, other: Refinement) -> Refinement:
+        """Adds the counts of another worker to these and returns self. Raises MetricError if the plans differ."""
+        if not (np.array_equal(self._bins, other._bins) and np.array_equal(self._shift, other._shift)):
+            raise MetricError("cannot merge two refinements that come from different plans")
+        self._histogram.merge(other._histogram)
+        return self
+
+    def _slot_of(self, keys: np.ndarray) -> np.ndarray:
+        bins = _bin_of(keys)
+        return self._first_slot.take(bins) + ((keys & ((1 << _LOW_BITS) - 1)) >> self._shift_of_bin.take(bins))
+
+    def _intervals(self) -> _Intervals:
+        occupied = np.flatnonzero(self._histogram.pixels[:-1])[::-1]
+        place = np.repeat(np.arange(len(self._bins)), self._num_slots)[occupied]
+        return _Intervals.count(self._histogram, occupied, self._bins[place], self._shift[place])
+
+
+class _Pixels(NamedTuple):
+    """A batch as it is counted."""
+
+    keys: np.ndarray
+    """(B * H * W,) int32, ordered as the scores are; equal where these are equal."""
+    defect_at: np.ndarray
+    """(K,) positions of the defective pixels."""
+    weights: np.ndarray
+    """(K,) float64, 1 / area of the region each belongs to."""
+    num_regions: int
+    used_bits: int
+    """All bit patterns or-ed."""
+
+
+class _Histogram:
+    """Pixels, defective pixels and region weights per slot."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.pixels = np.zeros(num_slots, dtype=np.int64)
+        self.defects = np.zeros(num_slots, dtype=np.int64)
+        self.weights = np.zeros(num_slots)
+        self.num_regions = 0
+        self.used_bits = 0
+
+    def add(self, batch: _Pixels, slot_of: Callable[[np.ndarray], np.ndarray]) -> None:
+        for start in range(0, len(batch.keys), _CHUNK):
+            np.add.at(self.pixels, slot_of(batch.keys[start : start + _CHUNK]), 1)
+        slots = slot_of(batch.keys[batch.defect_at])
+        np.add.at(self.defects, slots, 1)
+        np.add.at(self.weights, slots, batch.weights)
+        self.num_regions += batch.num_regions
+        self.used_bits |= batch.used_bits
+
+    def merge(self, other: _Histogram) -> None:
+        self.pixels += other.pixels
+        self.defects += other.defects
+        self.weights += other.weights
+        self.num_regions += other.num_regions
+        self.used_bits |= other.used_bits
+
+    def num_unused_bits(self) -> int:
+        """Low bits that are zero in every score (13 in float16 ones): slots no wider than these hold one value each."""
+        return ((self.used_bits | 1 << 31) & -(self.used_bits | 1 << 31)).bit_length() - 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        occupied = np.flatnonzero(self.pixels)
+        sparse = {name: getattr(self, name)[occupied] for name in ("pixels", "defects", "weights")}
+        return vars(self) | sparse | {"occupied": occupied, "num_slots": len(self.pixels)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["num_slots"])  # type: ignore[misc]
+        for name in ("pixels", "defects", "weights"):
+            getattr(self, name)[state["occupied"]] = state[name]
+        self.num_regions, self.used_bits = state["num_regions"], state["used_bits"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Intervals:
+    """Disjoint ranges of scores that hold pixels, the highest first: I of them, each inside one bin."""
+
+    bin: np.ndarray
+    shift: np.ndarray
+    """Low bits that the range leaves unresolved."""
     normal: np.ndarray
     defect: np.ndarray
     weight: np.ndarray
-    tied: np.ndarray
-    """Whether all pixels of the group are known to have one score, or to be of one class in a known order."""
+    last: np.ndarray
+    """Most normal pixels that can share the lowest of their scores."""
 
     @classmethod
-    def from_bins(cls, counts: np.ndarray, weights: np.ndarray) -> _Curve:
-        bins = np.flatnonzero(counts.sum(axis=1))[::-1]
-        normal, defect = counts[bins, 0], counts[bins, 1]
-        position = (bins.astype(np.int64) - NUM_BINS // 2) << LOW_BITS
-        return cls(position, normal, defect, weights[bins], (defect == 0) | ((normal == 0) & (defect == 1)))
-
-    @staticmethod
-    def join(parts: list[_Curve]) -> _Curve:
-        columns = [np.concatenate([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(_Curve)]
-        order = np.argsort(-columns[0], kind="stable")
-        return _Curve(*(column[order] for column in columns))
-
-    def bins(self) -> np.ndarray:
-        return (self.position >> LOW_BITS) + NUM_BINS // 2
-
-    def without(self, bins: np.ndarray) -> _Curve:
-        keep = ~np.isin(self.bins(), bins)
-        return _Curve(*(getattr(self, f.name)[keep] for f in dataclasses.fields(_Curve)))
-
-    def metrics(self, limit: float) -> dict[str, float]:
-        terms = self._terms(limit)
-        result: dict[str, float] = {}
-        for name, (value, error) in terms.items():
-            if name == "pixel_f1_max":
-                result[name] = value.max()
-                result[f"{name}_bound"] = max((value + error).max() - value.max(), 0.0)
-            else:
-                result[name] = min(max(value.sum(), 0.0), 1.0)
-                result[f"{name}_bound"] = error.sum()
-        return result
-
-    def worst_bins(self, limit: float, bound: float) -> np.ndarray:
-        """The fewest bins, about, that must be resolved so that every bound ends below `bound`."""
-        chosen = np.zeros(len(self.position), dtype=bool)
-        for name, (value, error) in self._terms(limit).items():
-            if name == "pixel_f1_max":
-                chosen |= value + error > value.max() + bound / 2
-                continue
-            order = np.argsort(error)
-            # Half the bound may stay where it is; the rest is resolved, the largest errors first.
-            chosen[order[np.cumsum(error[order]) > bound / 2]] = True
-        return self.bins()[chosen & ~self.tied]
-
-    def _terms(self, limit: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Per group, the contribution to each metric (F1: the value reached there) and its largest error."""
-        normal, defect = self.normal.astype(np.float64), self.defect.astype(np.float64)
-        num_normal, num_defect = normal.sum(), defect.sum()
-        true_before, false_before = np.cumsum(defect) - defect, np.cumsum(normal) - normal
-        true_after, false_after = true_before + defect, false_before + normal
-        open_ = ~self.tied
-
-        # A defective pixel beats the normal pixels below it, and half of those tied with it.
-        auroc = defect * (num_normal - false_after + normal / 2) / (num_normal * num_defect)
-        auroc_error = np.where(open_, defect * normal / 2, 0) / (num_normal * num_defect)
-
-        tied_ap = defect * true_after / np.maximum(true_after + false_after, 1)
-        # Inside a group the best order has the defective pixels first and tied, the worst has them last, one by one.
-        best_ap = defect * true_after / np.maximum(true_after + false_before, 1)
-        worst_ap = defect - false_after * (
-            special.digamma(true_after + false_after + 1) - special.digamma(true_before + false_after + 1)
+    def count(cls, histogram: _Histogram, slots: np.ndarray, bins: np.ndarray, shift: np.ndarray) -> _Intervals:
+        """Reads occupied slots, the highest first, and joins neighbours of one bin that hold normal pixels alone."""
+        defect = histogram.defects[slots]
+        normal = histogram.pixels[slots] - defect
+        ends = np.ones(len(slots), dtype=bool)
+        ends[:-1] = (defect[:-1] > 0) | (defect[1:] > 0) | (bins[1:] != bins[:-1])
+        return cls(
+            bin=bins[ends],
+            shift=shift[ends],
+            normal=np.diff(np.cumsum(normal)[ends], prepend=0),
+            defect=defect[ends],
+            weight=histogram.weights[slots[ends]],
+            last=normal[ends],
         )
-        ap = np.where(open_, (best_ap + worst_ap) / 2, tied_ap) / num_defect
-        ap_error = np.where(open_, (best_ap - worst_ap) / 2, 0) / num_defect
 
-        f1 = 2 * true_after / (true_after + false_after + num_defect)
-        best_f1 = 2 * true_after / (true_after + false_before + num_defect)
-        f1_error = np.where(open_, np.maximum(best_f1 - f1, 0), 0)
-
-        overlap_before = np.cumsum(self.weight) - self.weight
-        # The part of the group's step in false-positive rate that lies below the limit.
-        width = np.clip(limit * num_normal - false_before, 0, normal) / num_normal
-        share = width * num_normal / np.maximum(normal, 1)
-        aupro = width * (overlap_before + self.weight * share / 2) / limit
-        aupro_error = np.where(open_, width * self.weight * np.maximum(share, 1 - share / 2) / limit, 0)
-        aupro_error = np.where(share == 1, aupro_error / 2, aupro_error)
-        return {
-            "pixel_auroc": (auroc, auroc_error),
-            "pixel_ap": (ap, ap_error),
-            "pixel_f1_max": (f1, f1_error),
-            "aupro": (aupro, aupro_error),
-        }
+    def replace(self, finer: _Intervals) -> _Intervals:
+        """These with the intervals of another's bins replaced."""
+        kept = ~np.isin(self.bin, finer.bin)
+        order = np.argsort(np.concatenate([-self.bin[kept], -finer.bin]), kind="stable")
+        return _Intervals(
+            **{name: np.concatenate([ours[kept], getattr(finer, name)])[order] for name, ours in vars(self).items()}
+        )
 
 
-def _read(
-    anomaly_map: Tensor, mask: Tensor, regions: Iterable[tuple[np.ndarray, np.ndarray]] | None = None
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Order keys (P,) int32 of all pixels; indices, weights (float64, 1 / area) of the defective ones; number of regions."""
-    if anomaly_map.shape != mask.shape or anomaly_map.ndim not in (2, 3):
-        raise MetricError(f"anomaly map {tuple(anomaly_map.shape)} and mask {tuple(mask.shape)} must have one shape")
-    scores = anomaly_map.detach().float().reshape(-1)
-    # The sum is finite only if every score is, but for an overflow of finite scores.
-    if not torch.isfinite(scores.sum()) and not torch.isfinite(scores).all():
-        bad = (~torch.isfinite(scores)).nonzero()
+class _Result(NamedTuple):
+    """A metric, the largest error it can have, and (I,) what each interval has part in that."""
+
+    value: float
+    bound: float
+    error: np.ndarray
+    errors_add_up: bool = True
+
+
+def _sum_up(low: np.ndarray, estimate: np.ndarray, high: np.ndarray) -> _Result:
+    error = np.maximum(high - estimate, estimate - low)
+    return _Result(float(estimate.sum()), float(error.sum()), error)
+
+
+def _rank_metrics(normal: np.ndarray, defect: np.ndarray, exact: np.ndarray) -> dict[str, _Result]:
+    """AUROC, AP and F1-max of counts per interval of scores.
+
+    Args:
+        normal: (I,) normal pixels or images, the highest scores first.
+        defect: (I,) defective ones.
+        exact: (I,) whether the interval holds a single score.
+    """
+    false = np.cumsum(normal) - normal  # false and true positives above the interval
+    true = np.cumsum(defect) - defect
+    num_normal, num_defect = normal.sum(), defect.sum()
+
+    below = (num_normal - false - normal) * (defect / num_normal / num_defect)
+    inside = normal * (defect / num_normal / num_defect)
+    half = below + inside / 2
+    auroc = _sum_up(np.where(exact, half, below), half, np.where(exact, half, below + inside))
+
+    def precision(defects_taken: np.ndarray | float, normals_taken: np.ndarray | float) -> np.ndarray:
+        found = true + defects_taken
+        return found / np.maximum(found + false + normals_taken, 1)
+
+    share = defect / num_defect
+    tied = share * precision(defect, normal)
+    # Precision is concave in the defects taken, so its mean is at least that of the first and the last of them.
+    low = share * (precision(1, normal) + precision(defect, normal)) / 2
+    middle = share * precision((defect + 1) / 2, normal / 2)
+    high = share * precision(defect, 0)
+    ap = _sum_up(np.where(exact, tied, low), np.where(exact, tied, middle), np.where(exact, tied, high))
+
+    f1 = 2 * (true + defect) / (true + defect + false + normal + num_defect)
+    best = float(f1.max())
+    error = np.where(exact, 0.0, np.maximum(2 * (true + defect) / (true + defect + false + num_defect) - best, 0.0))
+    return {"auroc": auroc, "ap": ap, "f1_max": _Result(best, float(error.max()), error, errors_add_up=False)}
+
+
+def _aupro(intervals: _Intervals, exact: np.ndarray, num_regions: int, limit: float) -> _Result:
+    """Area under the mean region overlap up to a false-positive rate, over that rate.
+
+    A defective pixel enters the curve between two thresholds. They are normal scores: the lowest that is not below its
+    own and the next lower one. So the curve rises by its weight along the normal pixels with that first score, and
+    all of them are summed here as one ramp per interval.
+    """
+    normal, last = intervals.normal.astype(np.float64), intervals.last.astype(np.float64)
+    false = np.cumsum(normal) - normal
+    end = limit * normal.sum()
+
+    def ramp(start: np.ndarray, width: np.ndarray) -> np.ndarray:
+        """Integral up to `end` of a line that rises from 0 at `start` to 1 after `width`."""
+        rising = np.clip(end - start, 0.0, width)
+        return np.maximum(end - start - width, 0.0) + rising**2 / (2 * np.maximum(width, 1.0))
+
+    holds_normal = np.flatnonzero(normal)
+    above = np.searchsorted(holds_normal, np.arange(len(normal))) - 1  # the closest interval above with normal pixels
+    above = np.where(above >= 0, holds_normal[above], -1)
+    last_above = np.where(above >= 0, last[above], 0.0)
+    sure_above = exact[above] | (above < 0)
+
+    mixed = normal > 0
+    early = ramp(false - last_above, last_above)  # above all normal pixels of the interval
+    one_above = np.minimum(last_above, 1.0)
+    estimate = np.where(mixed, ramp(false, normal), ramp(false - one_above, one_above))
+    estimate = np.where(~mixed & sure_above, early, estimate)
+    low = np.where(mixed & ~exact, ramp(false + normal - 1, np.ones_like(normal)), estimate)
+    high = np.where(exact & mixed, estimate, early)
+    scale = intervals.weight / (end * num_regions)
+    result = _sum_up(low * scale, estimate * scale, high * scale)
+    # Where the interval has no normal pixel, its error is that of the one above it.
+    error = np.where(mixed, result.error, 0.0)
+    np.add.at(error, above[~mixed], result.error[~mixed])
+    return result._replace(error=error)
+
+
+def _read_pixels(
+    anomaly_map: np.ndarray | Tensor, mask: np.ndarray | Tensor, regions: np.ndarray | Tensor | None
+) -> _Pixels:
+    scores, truth = _to_numpy(anomaly_map), _to_numpy(mask)
+    labels = None if regions is None else _to_numpy(regions)
+    if scores.ndim not in (2, 3) or truth.shape != scores.shape:
+        raise MetricError(f"anomaly_map and mask must both be (B, H, W) or (H, W), got {scores.shape} and {truth.shape}")
+    if labels is not None and labels.shape != scores.shape:
+        raise MetricError(f"regions must have the shape of the mask {truth.shape}, got {labels.shape}")
+    with np.errstate(over="ignore"):  # becomes infinite, and that is an error below
+        scores = np.ascontiguousarray(scores, dtype=np.float32)
+    defect = truth != 0
+    weights, num_regions = _region_weights(defect.reshape(-1, *defect.shape[-2:]), labels)
+    bits = scores.reshape(-1).view(np.int32)
+    if (bits < 0).any():
+        bits = (scores.reshape(-1) + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0
+    keys = bits ^ ((bits >> 31) & 0x7FFF_FFFF) if (bits < 0).any() else bits
+    if len(keys) and not (-_INFINITY <= keys.min() and keys.max() < _INFINITY):
+        _check_finite(scores, "anomaly map")
+    return _Pixels(keys, np.flatnonzero(defect), weights, num_regions, int(np.bitwise_or.reduce(bits)))
+
+
+def _bin_of(keys: np.ndarray) -> np.ndarray:
+    return (keys >> _LOW_BITS) + np.int64(_NUM_BINS // 2)
+
+
+def _region_weights(defect: np.ndarray, regions: np.ndarray | None) -> tuple[np.ndarray, int]:
+    """1 / area for the defective pixels of (B, H, W) masks in order, and the number of regions."""
+    weights, num_regions = [np.zeros(0)], 0
+    for image in np.flatnonzero(defect.any(axis=(1, 2))):
+        if regions is None:
+            rows, columns = (np.flatnonzero(defect[image].any(axis=axis)) for axis in (1, 0))
+            inside = defect[image, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            labels = label_regions(inside)[0][inside]
+        else:
+            labels = regions.reshape(defect.shape)[image][defect[image]]
+        areas = np.bincount(labels)
+        weights.append(1 / areas[labels])
+        num_regions += np.count_nonzero(areas)
+    return np.concatenate(weights), num_regions
+
+
+def _to_numpy(values: np.ndarray | Tensor) -> np.ndarray:
+    if isinstance(values, np.ndarray):
+        return values
+    values = values.detach()
+    return (values.float() if values.is_floating_point() else values).cpu().numpy()
+
+
+def _check_finite(scores: np.ndarray, what: str) -> None:
+    wrong = np.flatnonzero(~np.isfinite(scores))
+    if len(wrong):
+        index = tuple(int(i) for i in np.unravel_index(wrong[0], scores.shape))
+        raise MetricError(f"{len(wrong)} of {scores.size} {what} values are NaN or infinite, the first at index {index}")
+
+
+def _check_both_classes(what: str, defect_word: str, num_normal: int, num_defect: int) -> None:
+    missing = [word for word, count in (("normal", num_normal), (defect_word, num_defect)) if count == 0]
+    if missing:
         raise MetricError(
-            f"{len(bad)} of {len(scores)} pixel scores are NaN or infinite, the first at index {int(bad[0])}"
+            f"{what} metrics need both classes, but there is no {' and no '.join(missing)} {what}: "
+            f"{num_normal} normal, {num_defect} {defect_word}"
         )
-    bits = (scores + 0.0).view(torch.int32)  # the sum turns -0.0 into 0.0
-    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    masks = np.asarray(mask.cpu()).reshape(-1, *mask.shape[-2:])
-    defect, weight, num_regions, offset = [], [], 0, 0
-    known: Any = regions if regions is not None else (None for _ in masks)
-    for single, region in zip(masks, known, strict=True):
-        if region is not None or single.any():
-            labels, areas = label_regions(single) if region is None else region
-            inside = np.flatnonzero(labels)
-            defect.append(inside + offset)
-            weight.append(1.0 / areas[labels.ravel()[inside] - 1])
-            num_regions += len(areas)
-        offset += single.size
-    device = scores.device
-    indices = torch.from_numpy(np.concatenate(defect) if defect else np.zeros(0, np.int64)).to(device)
-    weights = torch.from_numpy(np.concatenate(weight) if weight else np.zeros(0)).to(device)
-    return keys, indices, weights, num_regions
-
-
-def _sort_bins(bins: np.ndarray, replay: Replay, num_regions: int) -> _Curve:
-    """The pixels of some bins as groups of equal score: one per distinct score of a defective pixel, and the normal
-    pixels between two of them."""
-    wanted = torch.zeros(NUM_BINS, dtype=torch.bool)
-    wanted[torch.from_numpy(bins)] = True
-    normals, defects, weights = [], [], []
-    for anomaly_map, mask in replay():
-        keys, defect, weight, _ = _read(anomaly_map, mask)
-        keep = wanted.to(keys.device)[(keys >> LOW_BITS) + NUM_BINS // 2]
-        inside = keep[defect]
-        defects.append(keys[defect[inside]].cpu().numpy())
-        weights.append(weight[inside].cpu().numpy())
-        keep[defect] = False
-        normals.append(keys[keep].cpu().numpy())
-    normal = np.sort(np.concatenate(normals))
-    key, inverse = np.unique(np.concatenate(defects), return_inverse=True)
-    count = np.bincount(inverse, minlength=len(key))
-    weight_of = np.bincount(inverse, weights=np.concatenate(weights), minlength=len(key)) / num_regions
-    below, up_to = np.searchsorted(normal, key, "left"), np.searchsorted(normal, key, "right")
-    ties = np.stack([key.astype(np.int64), up_to - below, count, weight_of])
-    # Normal pixels between neighbouring defect scores, bin by bin so that they stay between the bins left as they are.
-    edges = np.union1d(key.astype(np.int64), (bins.astype(np.int64) - NUM_BINS // 2) << LOW_BITS)
-    starts = np.searchsorted(normal, edges, "left")
-    tied_at = np.searchsorted(edges, key)
-    between = np.diff(np.append(starts, len(normal)))
-    between[tied_at] -= up_to - below
-    gaps = np.stack([edges, between, np.zeros(len(edges)), np.zeros(len(edges))])
-    # A gap lies above its edge: at equal position it comes first in falling order.
-    position, num_normal, num_defect, weight_sum = np.concatenate([gaps, ties], axis=1)
-    keep_group = num_normal + num_defect > 0
-    columns = [position.astype(np.int64), num_normal, num_defect, weight_sum, np.ones(len(position), dtype=bool)]
-    return _Curve(*(column[keep_group] for column in columns))

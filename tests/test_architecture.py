@@ -9,8 +9,9 @@ REPO = Path(__file__).parents[1]
 # A module may import those of lower layers, and within a layer only what stands to its left.
 LAYERS = [
     ["contracts"],
-    ["registry", "identity", "measure", "maps", "metrics", "store", "datasets", "taps", "backbones", "features", "training"],
-    ["figures", "resolve", "evaluate", "rows", "fitting", "sheets"],
+    ["registry", "identity", "measure", "maps", "metrics", "store", "datasets"],
+    ["taps", "backbone_table", "weights", "backbones", "feature_store", "features", "training"],
+    ["matrices", "tables", "figures", "resolve", "evaluate", "rows", "fitting", "sheets"],
     ["trial"],
     ["space", "plan", "progress"],
     ["sweep", "report", "tracking"],
