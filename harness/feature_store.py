@@ -81,7 +81,10 @@ class _Block:
     """One record batch of a shard: a view of its rows in the memory map."""
 
     def __init__(self, path: Path, batch: pa.RecordBatch, shape: tuple[int, ...]) -> None:
-        values = batch.column("row").values
+        column = batch.column("row")
+        if column.type.list_size != math.prod(shape):
+            raise ValueError(f"{path} holds rows of {column.type.list_size} numbers, not {shape}")
+        values = column.values
         flat = np.frombuffer(values.buffers()[1], dtype=values.type.to_pandas_dtype())
         self.path = path
         self.rows = flat[: batch.num_rows * math.prod(shape)].reshape(batch.num_rows, *shape)
@@ -111,10 +114,11 @@ class StoredRows:
                 path = self._folder / name
                 try:
                     self._add_shard(path)
-                except FileNotFoundError:  # evicted by another process since it was listed
-                    continue
-                except (pa.ArrowInvalid, pa.ArrowTypeError, KeyError, ValueError, OSError):
-                    path.unlink(missing_ok=True)
+                except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+                    # A number is the system's complaint (evicted meanwhile, too many open files); without one the
+                    # content is wrong.
+                    if getattr(error, "errno", None) is None:
+                        path.unlink(missing_ok=True)
 
     def _add_shard(self, path: Path) -> None:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -126,9 +130,8 @@ class StoredRows:
             for position, digest in enumerate(hashes):
                 self._index.setdefault(digest.hex(), (block, position))
 
-    def missing(self, hashes: Iterable[str]) -> list[str]:
-        """Those of the hashes that have no row, each once, in order."""
-        return [digest for digest in dict.fromkeys(hashes) if digest not in self._index]
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._index
 
     def row(self, digest: str) -> np.ndarray:
         """The row of an image: a read-only view of the file, in the dtype it was stored in.

@@ -1,7 +1,7 @@
 """The mirror of a run in MLflow: one parent run per search space, one child run per trial.
 
-The one home of MLflow. Rows on disk are the truth; this copy can be made at any time, from nothing or from half, and made
-again without doubling anything, because every value is compared with what MLflow already holds before it is written.
+The one home of MLflow. Rows on disk are the truth; this copy can be made at any time, from nothing or from half, and
+made again without doubling anything, because every value is compared with what MLflow holds before it is written.
 One process writes, the driver of a run.
 
     parent   tag `adgrid.run_id`    means per (dataset, method, backbone, whatever varies), counts, the report's files
@@ -17,7 +17,9 @@ import logging
 import os
 import re
 import shlex
+import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +41,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from harness.contracts import AdgridError, ResultRow, Trial
 from harness.matrices import NO_BACKBONE, show_value
+from harness.metrics import METRICS
 from harness.report import build_matrices, rows_frame
 
 PARENT_TAG, RUN_TAG, TRIAL_TAG = "mlflow.parentRunId", "adgrid.run_id", "adgrid.trial_id"
@@ -141,8 +144,8 @@ class Mirror:
                     children[trial_id] = _Mirrored.of(run)
                 _sync_child(client, children[trial_id], members, expected.get(trial_id))
             if finished:
-                for child in children.values():
-                    _set_status(client, child, _final_status(list(child.cells.values()), child.status))
+                for trial_id, child in children.items():
+                    _settle(client, child, set(expected.get(trial_id, ())) <= set(child.cells))
             _sync_parent(client, parent, list(children.values()), listed, params or {}, finished)
             if files:
                 _upload(client, parent, files)
@@ -169,9 +172,8 @@ class Mirror:
             # What was written before the error is unknown, so it is read again next time.
             self._opened = None
             self._known.clear()
-            text = " ".join(str(error).split())
-            text = text if len(text) <= 300 else f"{text[:300]} …"
-            raise TrackingUnavailable(f"{_without_password(self.tracking_uri)}: {text}") from error
+            reason = textwrap.shorten(str(error), 300, placeholder=" …")
+            raise TrackingUnavailable(_without_password(f"{self.tracking_uri}: {reason}", self.tracking_uri)) from error
 
 
 def ui_command(tracking_uri: str) -> str:
@@ -188,9 +190,9 @@ def _absolute_uri(uri: str) -> str:
     return uri if sqlite is None else f"{sqlite.group(1)}:///{Path(sqlite.group(2)).expanduser().absolute()}"
 
 
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+def _without_password(text: str, uri: str) -> str:
+    login, found, _ = urlsplit(uri).netloc.rpartition("@")
+    return text.replace(login + found, "") if found else text
 
 
 def _quieten_mlflow() -> None:
@@ -239,7 +241,7 @@ def _find_runs(
 ) -> tuple[_Mirrored, dict[str, _Mirrored]]:
     """The parent run, made if need be, and its children by trial id."""
     found = client.search_runs(
-        [experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", order_by=["attributes.start_time ASC"], max_results=1
+        [experiment_id], f"tags.`{RUN_TAG}` = {run_id!r}", order_by=["attributes.start_time ASC"], max_results=1
     )
     if not found:
         tags = {RUN_TAG: run_id, "mlflow.source.name": "adgrid", **_user_tag()}
@@ -267,8 +269,11 @@ def _write(
     params: Mapping[str, object] | None = None,
     metrics: Mapping[str, float] | None = None,
     tags: Mapping[str, str] | None = None,
-) -> None:
-    """Logs what is new or changed, and remembers it. Parameters cannot change in MLflow, so only new ones count."""
+) -> bool:
+    """Logs what is new or changed, remembers it and says whether anything was.
+
+    Parameters cannot change in MLflow, so only new ones count.
+    """
     new_params = {
         key: text[:_MAX_PARAM]
         for key, text in ((_key(name), _text(value)) for name, value in (params or {}).items())
@@ -279,17 +284,13 @@ def _write(
         for key, value in ((_key(name), float(value)) for name, value in (metrics or {}).items())
         if run.metrics.get(key) != value
     }
-    new_tags = {
-        key: value[:_MAX_TAG] for key, value in (tags or {}).items() if run.tags.get(key) != value[:_MAX_TAG]
-    }
+    new_tags = {key: value[:_MAX_TAG] for key, value in (tags or {}).items() if run.tags.get(key) != value[:_MAX_TAG]}
     now = int(time.time() * 1000)
     points = [Metric(key, value, now, 0) for key, value in new_metrics.items()]
     others = [Param(key, value) for key, value in new_params.items()]
     labels = [RunTag(key, value) for key, value in new_tags.items()]
     while points or others or labels:
-        client.log_batch(
-            run.id, points[:_METRICS_PER_BATCH], others[:_OTHERS_PER_BATCH], labels[:_OTHERS_PER_BATCH]
-        )
+        client.log_batch(run.id, points[:_METRICS_PER_BATCH], others[:_OTHERS_PER_BATCH], labels[:_OTHERS_PER_BATCH])
         points, others, labels = (
             points[_METRICS_PER_BATCH:],
             others[_OTHERS_PER_BATCH:],
@@ -298,6 +299,7 @@ def _write(
     run.params.update(new_params)
     run.metrics.update(new_metrics)
     run.tags.update(new_tags)
+    return bool(new_params or new_metrics or new_tags)
 
 
 def _set_status(client: MlflowClient, run: _Mirrored, status: str) -> None:
@@ -325,17 +327,18 @@ def _text(value: object) -> str:
 def _sync_child(
     client: MlflowClient, child: _Mirrored, rows: Sequence[ResultRow], categories: Sequence[str] | None
 ) -> None:
+    """Mirrors rows of one trial; settles it where `categories` says that no more will come."""
     cells = child.cells
+    # Failed rows first, so that a finished one of the same category has the last word.
     fresh = [row for row in rows if row.status == "ok" or cells.get(row.category) != "ok"]
+    fresh.sort(key=lambda row: row.status == "ok")
     if not fresh:
         return
     row = fresh[-1]
-    cells |= {row.category: row.status for row in sorted(fresh, key=lambda row: row.status == "ok")}
-    metrics = {
-        f"{name}/{row.category}": value for row in fresh for name, value in (*row.metrics.items(), *row.costs.items())
-    }
+    cells |= {row.category: row.status for row in fresh}
     is_complete = categories is not None and set(categories) <= set(cells)
-    stamps = dict.fromkeys([*filter(None, child.tags.get("stamps", "").split("; ")), *(s for r in fresh for s in r.stamps)])
+    earlier = [stamp for stamp in child.tags.get("stamps", "").split("; ") if stamp]
+    stamps = dict.fromkeys([*earlier, *(stamp for row in fresh for stamp in row.stamps)])
     tags = {
         "method": row.method,
         "backbone": row.backbone or "none",
@@ -343,10 +346,125 @@ def _sync_child(
         "dataset": row.dataset,
         "protocol_id": row.protocol_id,
         "stamps": "; ".join(stamps),
-        "status": _status_word(list(cells.values())),
         CELLS_TAG: json.dumps(cells, sort_keys=True),
     }
     if row.provenance.get("git_commit"):
         tags[COMMIT_TAG] = row.provenance["git_commit"]
-    _write(client, child, params=_child_params(row), metrics=metrics, tags=tags)
-    _set_status(client, child, _final_status(list(cells.values()), child.status) if is_complete else "RUNNING")
+    numbers = {
+        f"{name}/{row.category}": value for row in fresh for name, value in (*row.metrics.items(), *row.costs.items())
+    }
+    has_changed = _write(client, child, params=_child_params(row), metrics=numbers, tags=tags)
+    if is_complete:
+        _settle(client, child, is_complete=True)
+    elif has_changed:
+        _write(client, child, tags={"status": "running"})
+        _set_status(client, child, "RUNNING")
+
+
+def _settle(client: MlflowClient, child: _Mirrored, is_complete: bool) -> None:
+    """Writes the means and the final status of a trial of which no more rows will come."""
+    found = set(child.cells.values())
+    word, status = "ok", "FINISHED"
+    if found & {"failed", "skipped"}:
+        word, status = ("failed" if "failed" in found else "skipped"), "FAILED"
+    elif found != {"ok"} or not is_complete:
+        word, status = ("stopped" if "stopped" in found else "incomplete"), "KILLED"
+    _write(client, child, metrics=_summaries(child) if word == "ok" else {}, tags={"status": word})
+    _set_status(client, child, status)
+
+
+def _summaries(child: _Mirrored) -> dict[str, float]:
+    """Over all categories: means of metrics and speeds, sums of seconds, largest peaks."""
+    categories = [_key(name) for name in child.cells]
+    suffix = f"/{categories[0]}"
+    summaries = {}
+    for name in [key.removesuffix(suffix) for key in child.metrics if key.endswith(suffix)]:
+        keys = [f"{name}/{category}" for category in categories]
+        if not all(key in child.metrics for key in keys):
+            continue
+        values = [child.metrics[key] for key in keys]
+        if name.endswith("_seconds"):
+            summaries[name] = sum(values)
+        elif name.startswith("peak_"):
+            summaries[name] = max(values)
+        elif name in METRICS or name.endswith("_per_second"):
+            summaries[name] = statistics.fmean(values)
+    return summaries
+
+
+def _child_name(row: ResultRow) -> str:
+    shots = [] if row.shots is None else [f"{row.shots} shots"]
+    representation = [] if row.representation == "plain" else [row.representation]
+    return " · ".join(
+        [row.method, row.backbone or "no backbone", *representation, row.dataset, *shots, f"seed {row.seed}"]
+    )
+
+
+def _child_params(row: ResultRow) -> dict[str, object]:
+    axes: dict[str, object] = {
+        "method": row.method,
+        "backbone": row.backbone,
+        "layers": "+".join(row.layers),
+        "representation": row.representation,
+        "dataset": row.dataset,
+        "shots": "all" if row.shots is None else row.shots,
+        "seed": row.seed,
+        "protocol_id": row.protocol_id,
+    }
+    own = {f"param.{name}": value for name, value in row.params.items()}
+    return {**axes, **own, **{f"protocol.{name}": value for name, value in row.protocol.items()}}
+
+
+def _sync_parent(
+    client: MlflowClient,
+    parent: _Mirrored,
+    children: Sequence[_Mirrored],
+    rows: Sequence[ResultRow],
+    params: Mapping[str, object],
+    finished: bool,
+) -> None:
+    statuses = [status for child in children for status in child.cells.values()]
+    num_ok = statuses.count("ok")
+    metrics: dict[str, float] = {"cells_ok": num_ok, "cells_without_number": len(statuses) - num_ok}
+    stamps = {stamp for child in children for stamp in child.tags.get("stamps", "").split("; ") if stamp}
+    tags = {"protocol_id": "; ".join(sorted({child.tags["protocol_id"] for child in children if child.cells}))}
+    tags["stamps"] = "; ".join(sorted(stamps))
+    if finished:
+        metrics |= _parent_means(rows)
+        tags["status"] = "ok" if num_ok == len(statuses) else "failed"
+    has_changed = _write(client, parent, params=params, metrics=metrics, tags=tags)
+    if finished:
+        _set_status(client, parent, "FINISHED" if num_ok == len(statuses) else "FAILED")
+    elif has_changed:
+        _write(client, parent, tags={"status": "running"})
+        _set_status(client, parent, "RUNNING")
+
+
+def _parent_means(rows: Sequence[ResultRow]) -> dict[str, float]:
+    """`<metric>/<dataset>/<method>/<backbone>`, and what else varies, for every number of the matrices."""
+    matrices = build_matrices(rows_frame(rows))
+    several = len({matrix.protocol_id for matrix in matrices}) > 1
+    means = {}
+    for matrix in matrices:
+        for row in matrix.rows:
+            labels = ["none" if label == NO_BACKBONE else label.replace(", ", " ") for label in row.labels if label]
+            for column, cell in zip(matrix.columns, row.cells, strict=True):
+                if cell.value is not None:
+                    protocol = [f"protocol {matrix.protocol_id}"] * several
+                    means["/".join([matrix.metric, *protocol, column, *labels])] = cell.value
+    return means
+
+
+def _upload(client: MlflowClient, parent: _Mirrored, files: Sequence[Path]) -> None:
+    """Puts the report on the parent run, unless the same files are there already."""
+    root = os.path.commonpath([path.absolute().parent for path in files])
+    places = {path.absolute().relative_to(root).as_posix(): path for path in files}
+    hashes = {place: hashlib.sha256(path.read_bytes()).hexdigest() for place, path in places.items()}
+    digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    if parent.tags.get(FILES_TAG) == digest:
+        return
+    for place, path in places.items():
+        client.log_artifact(parent.id, str(path), artifact_path=place.rpartition("/")[0] or None)
+    # MLflow's own `log_table` would append the rows of a second run to those of the first.
+    tables = [{"path": place, "type": "table"} for place in places if re.fullmatch(r"matrices/[^/]+\.json", place)]
+    _write(client, parent, tags={FILES_TAG: digest, TABLES_TAG: json.dumps(tables)})

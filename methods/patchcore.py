@@ -69,7 +69,7 @@ class Config:
     """`squared` is what the official code's index returns. It leaves the order of patches as it is, but not that of
     interpolated and smoothed maps."""
     reweighting: bool = False
-    """Weighs the image score by how rare the nearest entry is in the memory bank (equation 7); maps stay as they are."""
+    """Weighs the image score by how rare the nearest entry is in the memory bank (equation 7). Maps stay the same."""
     num_reweighting_neighbours: int = 9
     """Entries around the nearest one that make the crowd, itself included, >= 2."""
 

@@ -28,8 +28,8 @@ class SmallRun:
         self.store = Store(self.root)
         self.notes = []
 
-    def plan(self, space=SPACE, overrides=()):
-        return make_plan(parse_space(space, "test.yaml", overrides), self.places, random_weights=True)
+    def plan(self, space=SPACE, overrides=(), random_weights=True):
+        return make_plan(parse_space(space, "test.yaml", overrides), self.places, random_weights)
 
     def settings(self, plan, **changes):
         return RunSettings(

@@ -25,6 +25,8 @@ from torch import Tensor
 
 CANDIDATE_FLOATS = 2**19
 """Size of a round's candidates, points times dimensions: what one core holds in its cache as float64."""
+SMALLEST_ROUND = 512
+"""Candidates at least, however many dimensions they have."""
 SCREEN_FLOATS = 2**20
 """Largest block of screened distances; bounds memory and stays in cache."""
 
@@ -131,7 +133,7 @@ class _Selection:
         self.points = points
         self.order = torch.empty(num, dtype=torch.int64, device=points.device)
         self.num_chosen = 0
-        self.num_candidates = min(num_points, max(512, CANDIDATE_FLOATS // width))
+        self.num_candidates = min(num_points, max(SMALLEST_ROUND, CANDIDATE_FLOATS // width))
 
         # Centring makes norms, and with them rounding errors of the products, as small as they can be. bfloat16 keeps
         # a shift of a few bits, so that points on a grid stay on one and their ties stay exact.

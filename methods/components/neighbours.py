@@ -1,8 +1,12 @@
-"""Exact nearest neighbours in a memory bank: as fast as matrix products, as accurate as differences.
+"""Exact nearest neighbours in a memory bank: faster than one matrix product, as accurate as differences.
 
-|q - m|^2 = |q|^2 + |m|^2 - 2 q.m turns a search into one matrix product, but loses the small distances that matter most
-to cancellation. Here the product only screens: every bank row whose screened distance is within the proven rounding
-error of the k-th smallest stays, a handful per query, and those are measured by their differences.
+|q - m|^2 = |q|^2 + |m|^2 - 2 q.m turns a search into a matrix product, but loses to cancellation the small distances
+that matter most. Here a product only screens: it gives lower bounds of all distances, and the few bank rows
+whose bound does not exceed a distance already found are measured by their differences.
+
+Lower bounds may be cheap. In the principal axes of the bank the first a coordinates carry nearly all of a distance, and
+the rest of a vector counts by its length alone (Cauchy-Schwarz):
+|q - m|^2 >= |q_a - m_a|^2 + (|q_rest| - |m_rest|)^2. So the product has a + 2 instead of D + 1 terms.
 """
 
 from __future__ import annotations
@@ -11,24 +15,23 @@ import torch
 from torch import Tensor
 
 BLOCK_FLOATS = 2**21
-"""Screened distances held at once, queries times bank rows."""
+"""Lower bounds held at once, queries times bank rows."""
 GROUP = 64
-"""Bank rows whose smallest screened distance is taken together to bound the k-th smallest."""
-PAIR_FLOATS = 2**22
+"""Bank rows whose smallest bound is taken together, to find rows that are surely close."""
+PAIR_FLOATS = 2**20
 """Differences held at once, pairs times dimensions."""
+AXES_SAMPLE = 4096
+"""Bank rows from which the principal axes are computed, at most."""
 
 
-@torch.no_grad()
 def nearest(queries: Tensor, memory_bank: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     """The k nearest rows of a memory bank for every query, by Euclidean distance.
 
-    Exact: the distances are norms of differences in the dtype of the queries (float32 or float64; half precision is
-    computed as float32), so a query that is in the bank is at distance 0; which rows are returned is decided by these
-    distances, and the lowest index wins a tie. The result for a query does not depend on the other queries beyond the
-    rounding of one norm.
+    Exact: the distances are norms of differences in float32 (float64 where an argument is), so a query that is in the
+    bank is at distance 0; these distances decide which rows are returned, and the lowest index wins a tie. The result
+    for a query does not depend on the other queries.
 
-    Memory besides the arguments and results: one centred copy of the bank and of a block of queries, and some
-    50 MiB; never Q * M.
+    Memory besides arguments and results: at most one more copy of the bank and some 100 MiB; never Q * M.
 
     Args:
         queries: (Q, D) points; Q may be 0.
@@ -41,73 +44,109 @@ def nearest(queries: Tensor, memory_bank: Tensor, k: int = 1) -> tuple[Tensor, T
     Raises:
         ValueError: if shapes do not match, k is not in [1, M], or a value is not finite.
     """
-    _check(queries, memory_bank, k)
-    dtype = torch.float64 if torch.float64 in (queries.dtype, memory_bank.dtype) else torch.float32
-    queries, memory_bank = queries.to(dtype), memory_bank.to(dtype)
-    search = _Search(memory_bank, k)
-    distances = torch.empty(len(queries), k, dtype=dtype, device=queries.device)
-    indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-    rows = max(16, BLOCK_FLOATS // len(memory_bank))
-    for begin in range(0, len(queries), rows):
-        block = slice(begin, begin + rows)
-        distances[block], indices[block] = search.nearest(queries[block])
-    return distances, indices
+    if queries.ndim != 2:
+        raise ValueError(f"queries must be (Q, D), got shape {tuple(queries.shape)}")
+    return MemoryIndex(memory_bank, num_queries=len(queries)).nearest(queries, k)
 
 
-class _Search:
-    """A memory bank prepared for screening."""
+class MemoryIndex:
+    """A memory bank prepared for searches."""
 
-    def __init__(self, memory_bank: Tensor, k: int) -> None:
-        self.memory_bank, self.k = memory_bank, k
+    @torch.no_grad()
+    def __init__(self, memory_bank: Tensor, num_queries: int | None = None) -> None:
+        """Prepares a bank.
+
+        Args:
+            memory_bank: (M, D) points, M and D > 0.
+            num_queries: how many queries will come in all; None for many. For few, principal axes do not pay.
+        """
+        if memory_bank.ndim != 2 or 0 in memory_bank.shape:
+            raise ValueError(f"memory_bank must be (M, D) with M, D > 0, got shape {tuple(memory_bank.shape)}")
+        self.memory_bank = memory_bank if memory_bank.dtype == torch.float64 else memory_bank.float()
+        num_rows, width = memory_bank.shape
+        self.shift = self.memory_bank.mean(dim=0, dtype=torch.float64)  # smaller norms, smaller rounding errors
+        self.axes: Tensor | None = None
+        """(D, a) orthonormal float64 columns; None for all D coordinates as they are."""
+        if width >= 64 and num_rows >= 1024 and (num_queries is None or num_queries >= 4 * width):
+            self.axes = self._choose_axes()
+
         # Where float32 products may be computed with fewer bits, screen in float64.
         exact_products = torch.get_float32_matmul_precision() == "highest"
-        self.dtype = memory_bank.dtype if exact_products else torch.float64
-        self.shift = memory_bank.mean(dim=0)  # smaller norms, smaller rounding errors
-        centred = memory_bank - self.shift
-        norms = centred.square().sum(dim=1)
-        self.largest_norm = norms.max().sqrt()
+        self.dtype = self.memory_bank.dtype if exact_products else torch.float64
+        lead, norm = self._screened(self.memory_bank)
+        self.largest_norm = norm.max()
         if not bool(self.largest_norm.isfinite()):
             raise ValueError("memory_bank must be finite, found NaN or infinity")
-        self.screen = torch.cat([centred.mul_(-2), norms[:, None]], dim=1).to(self.dtype)
+        self.bounds = torch.cat([-2 * lead, norm.square()[:, None].to(self.dtype)], dim=1)
+        """(M, a + 2) rows whose product with (q_a, |q_rest|, 1) is |lower bound|^2 - |q|^2."""
 
-        # The k-th smallest of at least k group minima bounds the k-th smallest of all.
-        num_rows = len(memory_bank)
-        self.group = GROUP if num_rows >= GROUP * k else 1
+    @torch.no_grad()
+    def nearest(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+        """See `nearest`."""
+        num_rows, width = self.memory_bank.shape
+        if queries.ndim != 2 or queries.shape[1] != width:
+            raise ValueError(f"queries must be (Q, {width}) like the memory bank, got shape {tuple(queries.shape)}")
+        if not 1 <= k <= num_rows:
+            raise ValueError(f"k must be in [1, {num_rows}], the rows of the memory bank, got {k}")
+        queries = queries.to(self.memory_bank.dtype)
+        distances = torch.empty(len(queries), k, dtype=queries.dtype, device=queries.device)
+        indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+        rows = max(16, BLOCK_FLOATS // num_rows)
+        for begin in range(0, len(queries), rows):
+            block = slice(begin, begin + rows)
+            distances[block], indices[block] = self._nearest_of_block(queries[block], k)
+        return distances, indices
 
-    def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, k) distances and indices for a (B, D) block of queries."""
-        centred = queries - self.shift
-        norms = torch.linalg.vector_norm(centred, dim=1)
-        if not bool(norms.isfinite().all()):
+    def _nearest_of_block(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        lead, norm = self._screened(queries)
+        if not bool(norm.isfinite().all()):
             raise ValueError("queries must be finite, found NaN or infinity")
-        ones = torch.ones_like(centred[:, :1])
-        screened = torch.cat([centred, ones], dim=1).to(self.dtype) @ self.screen.T  # |m|^2 - 2 q.m
-        # |fl(a.b) - a.b| <= n u |a||b| for n terms and unit roundoff u (Higham 2002, eq. 3.5), for the product and for
-        # |m|^2; rounded operands cost as much as a few terms more. It counts twice below, since both the bound and the
-        # row that is compared with it may be off.
-        unit = torch.finfo(queries.dtype).eps / 2
-        error = (2 * (queries.shape[1] + 6) * unit) * (norms + self.largest_norm) ** 2
-        limit = self._kth_smallest_bound(screened) + 2 * error
-        row, column = (screened <= limit[:, None]).nonzero(as_tuple=True)
-        distance = self._distances(queries, row, column)
+        bound = torch.cat([lead, torch.ones_like(lead[:, :1])], dim=1) @ self.bounds.T  # squared, less |q|^2
+
+        close = self._close_rows(bound, k)
+        row = torch.arange(len(queries), device=queries.device).repeat_interleave(k)
+        reached = self._measure(queries, row, close.flatten()).view(-1, k).amax(dim=1)
+        # |fl(a.b) - a.b| <= n u |a||b| for n terms and unit roundoff u (Higham 2002, eq. 3.5); rounding of operands and
+        # of the limit costs as much as a few terms more. Measured distances are off by no more than (D / 2 + 2) u.
+        unit = torch.finfo(self.dtype).eps / 2
+        error = 2 * (bound.shape[1] + 8) * unit * (norm + self.largest_norm) ** 2
+        slack = 1 + 2 * (queries.shape[1] + 8) * torch.finfo(queries.dtype).eps
+        limit = (reached.double().square() * slack - norm.square() + error).to(self.dtype)
+        row, column = (bound <= limit[:, None]).nonzero(as_tuple=True)
+        distance = self._measure(queries, row, column)
 
         # Sort the pairs by (row, distance, column); `nonzero` gives them by (row, column) and the sorts are stable.
         order = distance.argsort(stable=True)
         order = order[row[order].argsort(stable=True)]
         num_pairs = torch.bincount(row, minlength=len(queries))
         first = num_pairs.cumsum(0) - num_pairs
-        best = order[first[:, None] + torch.arange(self.k, device=row.device)]
+        best = order[first[:, None] + torch.arange(k, device=row.device)]
         return distance[best], column[best]
 
-    def _kth_smallest_bound(self, screened: Tensor) -> Tensor:
-        """(B,) values that at least k entries of each row of (B, M) do not exceed."""
-        num_rows = screened.shape[1]
-        whole = num_rows - num_rows % self.group
-        minima = screened[:, :whole].unflatten(1, (-1, self.group)).amin(dim=2) if self.group > 1 else screened
-        return minima.amin(dim=1) if self.k == 1 else minima.kthvalue(self.k, dim=1).values
+    def _screened(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, a + 1) coordinates along the axes and length of the rest; and (B,) float64 norms, all after the shift."""
+        leads, norms = [], []
+        for rows in points.split(max(1, PAIR_FLOATS // points.shape[1])):
+            centred = rows.double() - self.shift
+            squared = centred.square().sum(dim=1)
+            lead = centred if self.axes is None else centred @ self.axes
+            rest = (squared - lead.square().sum(dim=1)).clamp_(min=0).sqrt()
+            leads.append(torch.cat([lead, rest[:, None]], dim=1).to(self.dtype))
+            norms.append(squared.sqrt())
+        return torch.cat(leads), torch.cat(norms)
 
-    def _distances(self, queries: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """(pairs,) distances between the paired queries and bank rows."""
+    def _close_rows(self, bound: Tensor, k: int) -> Tensor:
+        """(B, k) different bank rows with small bounds: the smallest of each of the k best groups."""
+        num_rows = bound.shape[1]
+        group = GROUP if num_rows >= GROUP * k else 1
+        groups = bound[:, : num_rows - num_rows % group].unflatten(1, (-1, group))
+        minima = groups.amin(dim=2)
+        best = minima.argmin(dim=1, keepdim=True) if k == 1 else minima.topk(k, dim=1, largest=False).indices
+        inside = groups.gather(1, best[:, :, None].expand(-1, -1, group)).argmin(dim=2)
+        return best * group + inside
+
+    def _measure(self, queries: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """(pairs,) distances between the paired queries and bank rows, by differences."""
         pairs = max(1, PAIR_FLOATS // queries.shape[1])
         pieces = [
             torch.linalg.vector_norm(queries[r] - self.memory_bank[c], dim=1)
@@ -115,12 +154,16 @@ class _Search:
         ]
         return torch.cat(pieces)
 
+    def _choose_axes(self) -> Tensor | None:
+        """(D, a) principal axes that pay, or None where all coordinates are cheaper.
 
-def _check(queries: Tensor, memory_bank: Tensor, k: int) -> None:
-    if queries.ndim != 2 or memory_bank.ndim != 2 or queries.shape[1] != memory_bank.shape[1] or not queries.shape[1]:
-        raise ValueError(
-            f"queries (Q, D) and memory_bank (M, D) must agree in D > 0, "
-            f"got shapes {tuple(queries.shape)} and {tuple(memory_bank.shape)}"
-        )
-    if not 1 <= k <= len(memory_bank):
-        raise ValueError(f"k must be in [1, {len(memory_bank)}], the rows of the memory bank, got {k}")
+        Few axes make the product cheap, many make the bounds tight. On patch features of ConvNets the best a, flat
+        within a factor of two in a, leaves a quarter of a bank row's squared distance to its neighbour to the rest.
+        """
+        num_rows, width = self.memory_bank.shape
+        sample = self.memory_bank[:: -(-num_rows // AXES_SAMPLE)].double() - self.shift
+        energy, axes = torch.linalg.eigh(sample.T @ sample / len(sample))  # ascending
+        some = self.memory_bank[:: -(-num_rows // 64)].double()
+        to_neighbour = torch.cdist(some, self.memory_bank.double()).topk(2, dim=1, largest=False).values[:, 1]
+        num_rest = int((energy.cumsum(0) <= to_neighbour.square().median() / 4).sum())
+        return None if num_rest < width / 3 else axes[:, num_rest:].contiguous()

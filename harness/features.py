@@ -1,0 +1,573 @@
+"""Features and images of a split: taken from the store, computed once where they are missing.
+
+Whatever is missing of any layer comes from one forward pass, while threads decode the next images. Numbers do not
+depend on whether they were stored: features that are computed for each use are rounded in the same way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.backbones import Precision, ResolvedBackbone, backbone_fingerprint, level_shapes
+from harness.contracts import Backbone, Batch, Preprocessing, Sample, SampleKey
+from harness.datasets.images import load_image
+from harness.feature_store import DamagedShard, FeatureStore, ShardWriter, StoredRows, StoreKey
+
+__all__ = [
+    "FeatureSplit",
+    "FeatureStore",
+    "ImageSplit",
+    "NonFiniteFeatures",
+    "feature_keys",
+    "feature_split",
+    "load_images",
+    "round_as_stored",
+]
+
+FLOAT16_LIMIT = 6e4
+"""Images with a feature beyond this are kept in float32; float16 ends at 65,504."""
+_AHEAD = 2
+"""Batches that are decoded ahead of the one in use."""
+
+OnProgress = Callable[[int, int], None]
+"""(images done, images in all)."""
+EncoderFactory = Callable[[tuple[str, ...]], Backbone]
+"""Layers to an encoder of those layers; called only when something has to be computed."""
+
+
+class NonFiniteFeatures(ValueError):
+    """The backbone itself gave NaN or infinite features."""
+
+
+# --- images --------------------------------------------------------------------------------------------------------
+
+
+def load_images(samples: Sequence[SampleKey], preprocessing: Preprocessing, num_threads: int | None = None) -> Tensor:
+    """Decodes images at the size of the preprocessing.
+
+    Args:
+        samples: the images.
+        preprocessing: size, crop and interpolation.
+        num_threads: threads that decode; None for as many as torch uses.
+
+    Returns:
+        (B, 3, H, W) uint8 RGB.
+
+    Raises:
+        AdgridError: an image cannot be read.
+    """
+    return _Pixels(samples, preprocessing, num_threads=num_threads).take(range(len(samples)))
+
+
+class _Pixels:
+    """Decoded images by position: out of the store where they are, otherwise decoded in threads."""
+
+    def __init__(
+        self,
+        samples: Sequence[SampleKey],
+        preprocessing: Preprocessing,
+        *,
+        hashes: Mapping[str, str] | None = None,
+        dataset: str = "",
+        store: FeatureStore | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        self._samples, self._preprocessing, self._store = samples, preprocessing, store
+        self._digests = [] if hashes is None else [hashes[sample.path] for sample in samples]
+        self._num_threads = num_threads or max(1, torch.get_num_threads())
+        self._rows: dict[str, StoredRows] = {}
+        if store is not None and hashes is not None:
+            for category in dict.fromkeys(sample.category for sample in samples):
+                key = StoreKey(
+                    kind="images",
+                    dataset=dataset,
+                    category=category,
+                    preprocessing=preprocessing,
+                    dtype="uint8",
+                    shape=(3, *preprocessing.image_size),
+                )
+                self._rows[category] = store.open(key)
+
+    def missing(self) -> list[int]:
+        """Positions of images that a store should have and has not, one per content."""
+        first: dict[tuple[str, str], int] = {}
+        for i, (sample, digest) in enumerate(zip(self._samples, self._digests, strict=False)):
+            if sample.category in self._rows and digest not in self._rows[sample.category]:
+                first.setdefault((sample.category, digest), i)
+        return list(first.values())
+
+    def missing_bytes(self) -> int:
+        """What the store would grow by if all images were kept."""
+        return len(self.missing()) * 3 * self._preprocessing.image_size[0] * self._preprocessing.image_size[1]
+
+    def batches(self, groups: Iterable[Sequence[int]], keep: bool = False) -> Generator[Tensor, None, None]:
+        """(B, 3, H, W) uint8 for each group of positions, decoded ahead of use; `keep` adds what was decoded to the store."""
+        pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="decode")
+        ahead: deque[tuple[Sequence[int], np.ndarray, dict[int, Future[None]]]] = deque()
+        with ExitStack() as stack:
+            stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+            writers = {
+                category: stack.enter_context(self._store.writer(rows.key))
+                for category, rows in self._rows.items()
+                if keep and self._store is not None
+            }
+            for group in groups:
+                ahead.append((group, *self._start(group, pool)))
+                if len(ahead) > _AHEAD:
+                    yield self._finish(*ahead.popleft(), writers)
+            while ahead:
+                yield self._finish(*ahead.popleft(), writers)
+        for rows in self._rows.values():
+            rows.refresh()
+
+    def take(self, positions: Sequence[int]) -> Tensor:
+        """(B, 3, H, W) uint8 of the images at these positions."""
+        (pixels,) = self.batches([positions])
+        return pixels
+
+    def _start(self, group: Sequence[int], pool: ThreadPoolExecutor) -> tuple[np.ndarray, dict[int, Future[None]]]:
+        pixels = np.empty((len(group), 3, *self._preprocessing.image_size), np.uint8)
+        decoding = {}
+        for place, position in enumerate(group):
+            stored = self._stored(position)
+            if stored is None:
+                decoding[place] = pool.submit(self._decode, position, pixels[place])
+            else:
+                pixels[place] = stored
+        return pixels, decoding
+
+    def _stored(self, position: int) -> np.ndarray | None:
+        rows = self._rows.get(self._samples[position].category)
+        try:
+            return None if rows is None else rows.row(self._digests[position])
+        except (KeyError, DamagedShard):
+            return None
+
+    def _decode(self, position: int, into: np.ndarray) -> None:
+        into[:] = load_image(self._samples[position].path, self._preprocessing)
+
+    def _finish(
+        self,
+        group: Sequence[int],
+        pixels: np.ndarray,
+        decoding: Mapping[int, Future[None]],
+        writers: Mapping[str, ShardWriter],
+    ) -> Tensor:
+        for place, future in decoding.items():
+            future.result()
+            writer = writers.get(self._samples[group[place]].category)
+            if writer is not None:
+                writer.add([self._digests[group[place]]], pixels[place : place + 1])
+        return torch.from_numpy(pixels)
+
+
+class ImageSplit:
+    """Images in a fixed order as batches of pixels; satisfies `harness.contracts.Split`."""
+
+    def __init__(
+        self,
+        samples: Sequence[SampleKey],
+        preprocessing: Preprocessing,
+        *,
+        batch_size: int = 32,
+        hashes: Mapping[str, str] | None = None,
+        dataset: str = "",
+        store: FeatureStore | None = None,
+        num_threads: int | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        """Opens a split. With `hashes` and `store` its images are decoded once, now, and memory-mapped from then on.
+
+        Args:
+            samples: the images; ground truth is left behind.
+            preprocessing: size, crop and interpolation.
+            batch_size: images per batch.
+            hashes: absolute path to content hash.
+            dataset: name of the dataset, part of the store's key.
+            store: keeps decoded images; None, or no room in it, decodes them at every use.
+            num_threads: threads that decode; None for as many as torch uses.
+            on_progress: told about the decoding.
+
+        Raises:
+            AdgridError: an image cannot be read.
+        """
+        self.samples = _keys_of(samples)
+        self._batch_size = batch_size
+        self._pixels = _Pixels(
+            self.samples, preprocessing, hashes=hashes, dataset=dataset, store=store, num_threads=num_threads
+        )
+        missing = self._pixels.missing()
+        self.num_decoded = 0
+        """Images that were decoded for the store."""
+        if missing and store is not None and store.make_room(self._pixels.missing_bytes()):
+            for pixels in self._pixels.batches(_chunks(missing, batch_size), keep=True):
+                self.num_decoded += len(pixels)
+                if on_progress is not None:
+                    on_progress(self.num_decoded, len(missing))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[Batch]:
+        groups = _chunks(range(len(self)), self._batch_size)
+        with closing(self._pixels.batches(groups)) as batches:
+            for group, pixels in zip(groups, batches, strict=True):
+                yield self._batch(group, pixels)
+
+    def take(self, indices: Sequence[int]) -> Batch:
+        """The images at these positions as one batch, (B, 3, H, W) float32 in [0, 1]."""
+        positions = _positions(indices, len(self))
+        return self._batch(positions, self._pixels.take(positions))
+
+    def _batch(self, group: Sequence[int], pixels: Tensor) -> Batch:
+        return Batch(samples=tuple(self.samples[i] for i in group), images=pixels.float() / 255)
+
+
+# --- features ------------------------------------------------------------------------------------------------------
+
+
+def round_as_stored(level: Tensor, dtype: Literal["float16", "float32"] = "float16") -> Tensor:
+    """What a level becomes on its way through the store: (B, D, h, w) float32 in, the same shape out.
+
+    float16 rounds to 11 significant bits; an image with a value beyond `FLOAT16_LIMIT` stays as it is.
+    """
+    if dtype == "float32":
+        return level
+    rounded = level.half().float()
+    wide = torch.linalg.vector_norm(level, torch.inf, dim=(1, 2, 3)) > FLOAT16_LIMIT
+    return torch.where(wide.view(-1, 1, 1, 1), level, rounded) if wide.any() else rounded
+
+
+def feature_keys(
+    *,
+    dataset: str,
+    category: str,
+    split: str,
+    resolved: ResolvedBackbone,
+    layers: Sequence[str],
+    preprocessing: Preprocessing,
+    precision: Precision = "float32",
+    dtype: Literal["float16", "float32"] = "float16",
+) -> dict[str, StoreKey]:
+    """Layer -> key under which its features are stored; `FeatureStore.being_extracted` takes one."""
+    shapes = level_shapes(resolved, layers, preprocessing.image_size)
+    fingerprint = backbone_fingerprint(resolved, precision)
+    return {
+        layer: StoreKey(
+            kind="features",
+            dataset=dataset,
+            category=category,
+            split=split,
+            preprocessing=preprocessing,
+            backbone=fingerprint,
+            layer=layer,
+            dtype=dtype,
+            shape=(height, width, channels),  # patch vectors contiguous, as channels-last networks give them
+        )
+        for layer, (channels, height, width) in zip(layers, shapes, strict=True)
+    }
+
+
+def feature_split(
+    samples: Sequence[SampleKey],
+    hashes: Mapping[str, str],
+    *,
+    dataset: str,
+    split: str,
+    resolved: ResolvedBackbone,
+    layers: Sequence[str],
+    preprocessing: Preprocessing,
+    store: FeatureStore,
+    encoder_factory: EncoderFactory,
+    also_layers: Sequence[str] = (),
+    batch_size: int = 32,
+    precision: Precision = "float32",
+    dtype: Literal["float16", "float32"] = "float16",
+    device: torch.device | str = "cpu",
+    num_threads: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> FeatureSplit:
+    """Features of some images, complete: what the store lacks is extracted before this returns.
+
+    Args:
+        samples: the images, of one or several categories; ground truth is left behind.
+        hashes: absolute path to content hash.
+        dataset: name of the dataset.
+        split: `train` or `test`.
+        resolved: the backbone.
+        layers: the layers wanted, in the order of the levels.
+        preprocessing: size, crop and interpolation.
+        store: where features and decoded images are kept. What does not fit is computed at every use instead.
+        encoder_factory: gives the frozen backbone when something has to be computed.
+        also_layers: further layers to store from a forward pass that is made anyway.
+        batch_size: images per forward pass and per batch.
+        precision: precision of the encoder that the factory makes; part of the store's key.
+        dtype: what the store keeps; float16 halves the size at a relative error of 5e-4.
+        device: where batches are wanted.
+        num_threads: threads that decode; None for as many as torch uses.
+        on_progress: told about the extraction.
+
+    Raises:
+        AdgridError: an image or the weights cannot be read.
+        NonFiniteFeatures: the backbone gave NaN or infinite features.
+    """
+    wanted = tuple(dict.fromkeys([*layers, *also_layers]))
+    rows = {
+        (layer, category): store.open(key)
+        for category in dict.fromkeys(sample.category for sample in samples)
+        for layer, key in feature_keys(
+            dataset=dataset,
+            category=category,
+            split=split,
+            resolved=resolved,
+            layers=wanted,
+            preprocessing=preprocessing,
+            precision=precision,
+            dtype=dtype,
+        ).items()
+    }
+    keys = _keys_of(samples)
+    pixels = _Pixels(keys, preprocessing, hashes=hashes, dataset=dataset, store=store, num_threads=num_threads)
+    features = FeatureSplit(
+        samples=keys,
+        digests=tuple(hashes[sample.path] for sample in keys),
+        name=resolved.name,
+        layers=tuple(layers),
+        also_layers=tuple(also_layers),
+        rows=rows,
+        pixels=pixels,
+        store=store,
+        encoder_factory=encoder_factory,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=torch.device(device),
+    )
+    features.complete(on_progress)
+    return features
+
+
+class FeatureSplit:
+    """Features of images in a fixed order; satisfies `harness.contracts.Split`. Made by `feature_split`."""
+
+    def __init__(
+        self,
+        *,
+        samples: tuple[SampleKey, ...],
+        digests: tuple[str, ...],
+        name: str,
+        layers: tuple[str, ...],
+        also_layers: tuple[str, ...],
+        rows: Mapping[tuple[str, str], StoredRows],
+        pixels: _Pixels,
+        store: FeatureStore,
+        encoder_factory: EncoderFactory,
+        batch_size: int,
+        dtype: Literal["float16", "float32"],
+        device: torch.device,
+    ) -> None:
+        """Args: what `feature_split` found; `rows` by (layer, category)."""
+        self.samples = samples
+        self.layers = layers
+        self.streamed = False
+        """Whether features are computed at every use, because the store has no room for them."""
+        self.num_extracted = 0
+        """Images that went through the backbone, for the store or for a batch."""
+        self.extract_seconds = 0.0
+        """Wall time of filling the store, decoding included."""
+        self._digests, self._name, self._also_layers = digests, name, also_layers
+        self._rows, self._pixels, self._store = rows, pixels, store
+        self._encoder_factory, self._batch_size, self._dtype, self._device = encoder_factory, batch_size, dtype, device
+        self._encoder: Backbone | None = None
+        self._keep_pixels = False
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[Batch]:
+        groups = _chunks(range(len(self)), self._batch_size)
+        if self.streamed:
+            yield from self._stream(groups)
+        else:
+            yield from map(self._read, groups)
+
+    def take(self, indices: Sequence[int]) -> Batch:
+        """The images at these positions as one batch, one (B, D, h, w) float32 map per layer."""
+        positions = _positions(indices, len(self))
+        if not self.streamed:
+            return self._read(positions)
+        batches = list(self._stream(_chunks(positions, self._batch_size)))
+        levels = zip(*(batch.levels or () for batch in batches), strict=True)
+        return Batch(
+            samples=tuple(self.samples[i] for i in positions), levels=tuple(torch.cat(parts) for parts in levels)
+        )
+
+    def complete(self, on_progress: OnProgress | None = None) -> None:
+        """Extracts what the store lacks, in one forward pass per image; streams from now on if there is no room."""
+        todo = self._lacking()
+        if not todo:
+            return
+        start = time.perf_counter()
+        layers, self._keep_pixels = self._what_fits(todo)
+        if layers:
+            self._extract(todo, layers, on_progress)
+        self.streamed = bool(self._lacking())
+        self.extract_seconds += time.perf_counter() - start
+
+    def _lacking(self) -> list[int]:
+        """Positions of images without a row in some layer, one per content."""
+        first: dict[tuple[str, str], int] = {}
+        for i, (sample, digest) in enumerate(zip(self.samples, self._digests, strict=True)):
+            if any(digest not in self._rows[layer, sample.category] for layer in self.layers):
+                first.setdefault((sample.category, digest), i)
+        return list(first.values())
+
+    def _lacks(self, layer: str, position: int) -> bool:
+        return self._digests[position] not in self._rows[layer, self.samples[position].category]
+
+    def _what_fits(self, todo: Sequence[int]) -> tuple[tuple[str, ...], bool]:
+        """The layers to extract (none if there is no room) and whether decoded images are kept as well."""
+        everything = tuple(dict.fromkeys(self.layers + self._also_layers))
+        pixels = self._pixels.missing_bytes()
+        for layers, keep_pixels in ((everything, True), (everything, False), (self.layers, False)):
+            category = self.samples[0].category
+            needed = {
+                layer: sum(self._lacks(layer, i) for i in todo) * self._rows[layer, category].key.row_bytes
+                for layer in layers
+            }
+            if self._store.make_room(sum(needed.values()) + (pixels if keep_pixels else 0)):
+                return tuple(layer for layer, num_bytes in needed.items() if num_bytes), keep_pixels
+        self._store.note(
+            f"features of {len(self)} images ({self._name}: {', '.join(self.layers)}) do not fit into the cache and are "
+            "computed at every use; a larger cache keeps them"
+        )
+        return (), self._store.make_room(pixels)
+
+    def _extract(self, todo: list[int], layers: tuple[str, ...], on_progress: OnProgress | None) -> None:
+        encoder = self._encoder_factory(layers)
+        groups = _chunks(todo, self._batch_size)
+        with ExitStack() as stack:
+            writers = {
+                place: stack.enter_context(self._store.writer(rows.key))
+                for place, rows in self._rows.items()
+                if place[0] in layers
+            }
+            batches = stack.enter_context(closing(self._pixels.batches(groups, self._keep_pixels)))
+            write = None
+            for group, images in zip(groups, batches, strict=True):
+                with torch.inference_mode():
+                    levels = encoder.encode(images)
+                    if write is not None:
+                        write()  # an accelerator computes meanwhile
+                    rows = [self._to_rows(level, layer, group) for layer, level in zip(layers, levels, strict=True)]
+                write = partial(self._write, group, layers, rows, writers)
+                self.num_extracted += len(group)
+                if on_progress is not None:
+                    on_progress(min(self.num_extracted, len(todo)), len(todo))
+            if write is not None:
+                write()
+        for stored in self._rows.values():
+            stored.refresh()
+
+    def _to_rows(self, level: Tensor, layer: str, group: Sequence[int]) -> tuple[np.ndarray, list[bool]]:
+        """(B, h, w, D) rows in host memory, and which of them need float32 whatever the store's dtype."""
+        peaks = self._check_finite(level, layer, group)
+        wide = (peaks > FLOAT16_LIMIT).tolist()
+        rows = level.permute(0, 2, 3, 1)  # (B, D, h, w) -> (B, h, w, D)
+        if self._dtype == "float16" and not any(wide):
+            rows = rows.half()
+        return rows.contiguous().cpu().numpy(), wide
+
+    def _check_finite(self, level: Tensor, layer: str, group: Sequence[int]) -> Tensor:
+        """(B,) largest magnitude of each image. Raises NonFiniteFeatures."""
+        peaks = torch.linalg.vector_norm(level, torch.inf, dim=(1, 2, 3)).cpu()
+        for position, finite in zip(group, peaks.isfinite().tolist(), strict=True):
+            if not finite:
+                raise NonFiniteFeatures(
+                    f"backbone {self._name} layer {layer} gave non-finite features for image "
+                    f"{self.samples[position].path}"
+                )
+        return peaks
+
+    def _write(
+        self,
+        group: Sequence[int],
+        layers: Sequence[str],
+        levels: Sequence[tuple[np.ndarray, list[bool]]],
+        writers: Mapping[tuple[str, str], ShardWriter],
+    ) -> None:
+        for layer, (rows, wide) in zip(layers, levels, strict=True):
+            batches: dict[tuple[str, str], list[int]] = defaultdict(list)
+            for place, position in enumerate(group):
+                if self._lacks(layer, position):
+                    dtype = "float32" if wide[place] else self._dtype
+                    batches[self.samples[position].category, dtype].append(place)
+            for (category, dtype), places in batches.items():
+                chosen = rows if len(places) == len(group) else rows[places]
+                digests = [self._digests[group[place]] for place in places]
+                writers[layer, category].add(digests, chosen.astype(dtype, copy=False))
+            if any(wide) and self._dtype == "float16":
+                self._store.note(f"{self._name} {layer}: some features exceed float16 and are stored in float32")
+
+    def _read(self, group: Sequence[int]) -> Batch:
+        try:
+            return self._stored(group)
+        except DamagedShard as error:
+            self._store.note(f"{error}; its features are extracted again")
+        # Whatever else is damaged is found now, so that one forward pass makes all of it again.
+        for (layer, category), rows in self._rows.items():
+            for sample, digest in zip(self.samples, self._digests, strict=True):
+                if layer in self.layers and sample.category == category:
+                    with suppress(DamagedShard, KeyError):
+                        rows.row(digest)
+        self.complete()
+        return next(self._stream([group])) if self.streamed else self._stored(group)
+
+    def _stored(self, group: Sequence[int]) -> Batch:
+        samples = tuple(self.samples[i] for i in group)
+        levels = []
+        for layer in self.layers:
+            views = [
+                self._rows[layer, sample.category].row(self._digests[i])
+                for i, sample in zip(group, samples, strict=True)
+            ]
+            rows = torch.from_numpy(np.stack(views)).to(self._device).float()
+            levels.append(rows.permute(0, 3, 1, 2))  # (B, h, w, D) -> (B, D, h, w)
+        return Batch(samples=samples, levels=tuple(levels))
+
+    def _stream(self, groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """Batches computed anew, with the numbers that the store would have given."""
+        if self._encoder is None:
+            self._encoder = self._encoder_factory(self.layers)
+        with closing(self._pixels.batches(groups, self._keep_pixels)) as batches:
+            for group, images in zip(groups, batches, strict=True):
+                levels = []
+                for layer, level in zip(self.layers, self._encoder.encode(images), strict=True):
+                    self._check_finite(level, layer, group)
+                    levels.append(round_as_stored(level.detach(), self._dtype).to(self._device))
+                self.num_extracted += len(group)
+                yield Batch(samples=tuple(self.samples[i] for i in group), levels=tuple(levels))
+
+
+def _keys_of(samples: Sequence[SampleKey]) -> tuple[SampleKey, ...]:
+    return tuple(sample.key if isinstance(sample, Sample) else sample for sample in samples)
+
+
+def _chunks(positions: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [positions[start : start + size] for start in range(0, len(positions), size)]
+
+
+def _positions(indices: Sequence[int], length: int) -> list[int]:
+    positions = [int(index) for index in indices]
+    if not all(0 <= position < length for position in positions):
+        raise IndexError(f"positions must be in [0, {length}), got {positions}")
+    return positions
