@@ -26,28 +26,15 @@ from harness.backbone_table import BACKBONES, BackboneRow, ResolvedBackbone
 from harness.contracts import AdgridError, LevelChoice, derive_seed
 from harness.identity import content_id
 from harness.registry import plugin_backbones
-from harness.taps import PixelNorm, TrainableBackbone, feature_taps, freeze_unused_parameters, run_to_taps
+from harness.taps import (
+    PixelNorm,
+    TrainableBackbone,
+    feature_taps,
+    fold_batch_norms,
+    freeze_unused_parameters,
+    run_to_taps,
+)
 from harness.weights import find_weight_file, find_weights, load_weights, weights_fingerprint
-
-__all__ = [
-    "BACKBONES",
-    "BackboneRow",
-    "FrozenBackbone",
-    "Precision",
-    "ResolvedBackbone",
-    "TrainableBackbone",
-    "backbone_fingerprint",
-    "backbone_names",
-    "check_layers",
-    "choose_layers",
-    "describe_backbone",
-    "import_timm",
-    "level_shapes",
-    "missing_weights",
-    "resolve_backbone",
-    "trainable_backbone",
-    "weights_fingerprint",
-]
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -241,8 +228,8 @@ def _meta_network(resolved: ResolvedBackbone, image_size: tuple[int, int]) -> nn
     return network
 
 
-def _build_network(resolved: ResolvedBackbone, image_size: tuple[int, int], device: torch.device | str) -> nn.Module:
-    """The network with its weights, in eval mode, in the memory layout that suits its family."""
+def _build_network(resolved: ResolvedBackbone, image_size: tuple[int, int]) -> nn.Module:
+    """The network with its weights, in eval mode, on the CPU."""
     model_args = _full_model_args(resolved.architecture, resolved.model_args)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("random weights", resolved.architecture))
@@ -250,21 +237,41 @@ def _build_network(resolved: ResolvedBackbone, image_size: tuple[int, int], devi
     if resolved.weights_path is not None:
         load_weights(network, resolved)
     _fit_image_size(network, dict(model_args), image_size)
-    convolutional = not hasattr(network, "patch_embed")  # channels-last helps convolutions, not attention
+    return network
+
+
+def _is_convolutional(network: nn.Module) -> bool:
+    """Whether channels-last memory makes it faster: it helps convolutions, not attention."""
+    return not hasattr(network, "patch_embed")
+
+
+def _place(network: nn.Module, device: torch.device | str) -> nn.Module:
     network = network.to(device)
-    return network.to(memory_format=torch.channels_last) if convolutional else network  # type: ignore[call-overload]
+    if _is_convolutional(network):
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 @lru_cache(maxsize=1)
 def _shared_network(
-    resolved: ResolvedBackbone, image_size: tuple[int, int], device: str, file_state: tuple[int, int]
-) -> nn.Module:
-    # Categories of a trial, and trials of a worker that follow each other, share one frozen network.
-    return _build_network(resolved, image_size, device).requires_grad_(False)
+    resolved: ResolvedBackbone, image_size: tuple[int, int], device: str, fold: bool, file_state: tuple[int, int]
+) -> tuple[nn.Module, Mapping[str, str]]:
+    """A frozen network and its folded batch norms, kept for the next category, trial or choice of layers."""
+    network, folded = _build_network(resolved, image_size), {}
+    if fold:
+        example = torch.rand(1, 3, *image_size, generator=torch.Generator().manual_seed(0))
+        try:
+            folded = fold_batch_norms(network, example)
+        except RuntimeError:  # a network of an unusual kind runs as it is
+            network = _build_network(resolved, image_size)
+    return _place(network.requires_grad_(False), device), folded
 
 
 class FrozenBackbone:
-    """A pretrained network that gives the outputs of chosen layers; satisfies `harness.contracts.Backbone`."""
+    """A pretrained network that gives the outputs of chosen layers; satisfies `harness.contracts.Backbone`.
+
+    Batch norms are folded into the convolutions before them, which changes features by float32 rounding only.
+    """
 
     def __init__(
         self,
@@ -296,8 +303,11 @@ class FrozenBackbone:
         self._device = torch.device(device)
         stat = os.stat(resolved.weights_path) if resolved.weights_path else None
         file_state = (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
-        # Only a network of one fixed size has to be built for this size.
-        self._network = _shared_network(resolved, _build_size(resolved, image_size), str(self._device), file_state)
+        size = _build_size(resolved, image_size)
+        self._network, folded = _shared_network(resolved, size, str(self._device), True, file_state)
+        inside = tuple(f"{norm}." for norm in folded.values())
+        if any(layer in folded or layer.startswith(inside) for layer in self.layers):
+            self._network, _ = _shared_network(resolved, size, str(self._device), False, file_state)
         self._pixel_norm = PixelNorm(resolved.mean, resolved.std).to(self._device)
 
     @torch.no_grad()
@@ -314,7 +324,7 @@ class FrozenBackbone:
             ValueError: bfloat16 is too coarse for this network.
         """
         pixels = self._pixel_norm(images)
-        if not hasattr(self._network, "patch_embed"):
+        if _is_convolutional(self._network):
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         if self.precision == "float32":
             return tuple(level.float() for level in run_to_taps(self._network, self.layers, pixels))
@@ -358,7 +368,7 @@ def trainable_backbone(
         norm = PixelNorm(resolved.mean, resolved.std).to(where)
         return TrainableBackbone(network, layers, norm, freeze_batch_norm)
 
-    backbone = wrap(_build_network(resolved, size, device), device)
+    backbone = wrap(_place(_build_network(resolved, size), device), device)
     freeze_unused_parameters(backbone, wrap(_meta_network(resolved, size), "meta"), image_size)
     return backbone.train()
 

@@ -110,15 +110,16 @@ class StoredRows:
             return
         for name in names:
             if name not in self._known:
-                self._known.add(name)
                 path = self._folder / name
                 try:
                     self._add_shard(path)
                 except (OSError, KeyError, ValueError, pa.ArrowException) as error:
                     # A number is the system's complaint (evicted meanwhile, too many open files); without one the
                     # content is wrong.
-                    if getattr(error, "errno", None) is None:
-                        path.unlink(missing_ok=True)
+                    if getattr(error, "errno", None) is not None:
+                        continue
+                    path.unlink(missing_ok=True)
+                self._known.add(name)
 
     def _add_shard(self, path: Path) -> None:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))

@@ -7,9 +7,8 @@ depend on whether they were stored: features that are computed for each use are 
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from typing import Literal
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor
 
 from harness.backbones import Precision, ResolvedBackbone, backbone_fingerprint, level_shapes
-from harness.contracts import Backbone, Batch, Preprocessing, Sample, SampleKey
-from harness.datasets.images import load_image
+from harness.contracts import Backbone, Batch, Preprocessing, SampleKey
 from harness.feature_store import DamagedShard, FeatureStore, ShardWriter, StoredRows, StoreKey
+from harness.image_split import ImageSplit, OnProgress, Pixels, check_positions, chunks, keys_of, load_images
 
 __all__ = [
     "FeatureSplit",
@@ -36,204 +35,13 @@ __all__ = [
 
 FLOAT16_LIMIT = 6e4
 """Images with a feature beyond this are kept in float32; float16 ends at 65,504."""
-_AHEAD = 2
-"""Batches that are decoded ahead of the one in use."""
 
-OnProgress = Callable[[int, int], None]
-"""(images done, images in all)."""
 EncoderFactory = Callable[[tuple[str, ...]], Backbone]
 """Layers to an encoder of those layers; called only when something has to be computed."""
 
 
 class NonFiniteFeatures(ValueError):
     """The backbone itself gave NaN or infinite features."""
-
-
-# --- images --------------------------------------------------------------------------------------------------------
-
-
-def load_images(samples: Sequence[SampleKey], preprocessing: Preprocessing, num_threads: int | None = None) -> Tensor:
-    """Decodes images at the size of the preprocessing.
-
-    Args:
-        samples: the images.
-        preprocessing: size, crop and interpolation.
-        num_threads: threads that decode; None for as many as torch uses.
-
-    Returns:
-        (B, 3, H, W) uint8 RGB.
-
-    Raises:
-        AdgridError: an image cannot be read.
-    """
-    return _Pixels(samples, preprocessing, num_threads=num_threads).take(range(len(samples)))
-
-
-class _Pixels:
-    """Decoded images by position: out of the store where they are, otherwise decoded in threads."""
-
-    def __init__(
-        self,
-        samples: Sequence[SampleKey],
-        preprocessing: Preprocessing,
-        *,
-        hashes: Mapping[str, str] | None = None,
-        dataset: str = "",
-        store: FeatureStore | None = None,
-        num_threads: int | None = None,
-    ) -> None:
-        self._samples, self._preprocessing, self._store = samples, preprocessing, store
-        self._digests = [] if hashes is None else [hashes[sample.path] for sample in samples]
-        self._num_threads = num_threads or max(1, torch.get_num_threads())
-        self._rows: dict[str, StoredRows] = {}
-        if store is not None and hashes is not None:
-            for category in dict.fromkeys(sample.category for sample in samples):
-                key = StoreKey(
-                    kind="images",
-                    dataset=dataset,
-                    category=category,
-                    preprocessing=preprocessing,
-                    dtype="uint8",
-                    shape=(3, *preprocessing.image_size),
-                )
-                self._rows[category] = store.open(key)
-
-    def missing(self) -> list[int]:
-        """Positions of images that a store should have and has not, one per content."""
-        first: dict[tuple[str, str], int] = {}
-        for i, (sample, digest) in enumerate(zip(self._samples, self._digests, strict=False)):
-            if sample.category in self._rows and digest not in self._rows[sample.category]:
-                first.setdefault((sample.category, digest), i)
-        return list(first.values())
-
-    def missing_bytes(self) -> int:
-        """What the store would grow by if all images were kept."""
-        return len(self.missing()) * 3 * self._preprocessing.image_size[0] * self._preprocessing.image_size[1]
-
-    def batches(self, groups: Iterable[Sequence[int]], keep: bool = False) -> Generator[Tensor, None, None]:
-        """(B, 3, H, W) uint8 for each group of positions, decoded ahead of use; `keep` adds what was decoded to the store."""
-        pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="decode")
-        ahead: deque[tuple[Sequence[int], np.ndarray, dict[int, Future[None]]]] = deque()
-        with ExitStack() as stack:
-            stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-            writers = {
-                category: stack.enter_context(self._store.writer(rows.key))
-                for category, rows in self._rows.items()
-                if keep and self._store is not None
-            }
-            for group in groups:
-                ahead.append((group, *self._start(group, pool)))
-                if len(ahead) > _AHEAD:
-                    yield self._finish(*ahead.popleft(), writers)
-            while ahead:
-                yield self._finish(*ahead.popleft(), writers)
-        for rows in self._rows.values():
-            rows.refresh()
-
-    def take(self, positions: Sequence[int]) -> Tensor:
-        """(B, 3, H, W) uint8 of the images at these positions."""
-        (pixels,) = self.batches([positions])
-        return pixels
-
-    def _start(self, group: Sequence[int], pool: ThreadPoolExecutor) -> tuple[np.ndarray, dict[int, Future[None]]]:
-        pixels = np.empty((len(group), 3, *self._preprocessing.image_size), np.uint8)
-        decoding = {}
-        for place, position in enumerate(group):
-            stored = self._stored(position)
-            if stored is None:
-                decoding[place] = pool.submit(self._decode, position, pixels[place])
-            else:
-                pixels[place] = stored
-        return pixels, decoding
-
-    def _stored(self, position: int) -> np.ndarray | None:
-        rows = self._rows.get(self._samples[position].category)
-        try:
-            return None if rows is None else rows.row(self._digests[position])
-        except (KeyError, DamagedShard):
-            return None
-
-    def _decode(self, position: int, into: np.ndarray) -> None:
-        into[:] = load_image(self._samples[position].path, self._preprocessing)
-
-    def _finish(
-        self,
-        group: Sequence[int],
-        pixels: np.ndarray,
-        decoding: Mapping[int, Future[None]],
-        writers: Mapping[str, ShardWriter],
-    ) -> Tensor:
-        for place, future in decoding.items():
-            future.result()
-            writer = writers.get(self._samples[group[place]].category)
-            if writer is not None:
-                writer.add([self._digests[group[place]]], pixels[place : place + 1])
-        return torch.from_numpy(pixels)
-
-
-class ImageSplit:
-    """Images in a fixed order as batches of pixels; satisfies `harness.contracts.Split`."""
-
-    def __init__(
-        self,
-        samples: Sequence[SampleKey],
-        preprocessing: Preprocessing,
-        *,
-        batch_size: int = 32,
-        hashes: Mapping[str, str] | None = None,
-        dataset: str = "",
-        store: FeatureStore | None = None,
-        num_threads: int | None = None,
-        on_progress: OnProgress | None = None,
-    ) -> None:
-        """Opens a split. With `hashes` and `store` its images are decoded once, now, and memory-mapped from then on.
-
-        Args:
-            samples: the images; ground truth is left behind.
-            preprocessing: size, crop and interpolation.
-            batch_size: images per batch.
-            hashes: absolute path to content hash.
-            dataset: name of the dataset, part of the store's key.
-            store: keeps decoded images; None, or no room in it, decodes them at every use.
-            num_threads: threads that decode; None for as many as torch uses.
-            on_progress: told about the decoding.
-
-        Raises:
-            AdgridError: an image cannot be read.
-        """
-        self.samples = _keys_of(samples)
-        self._batch_size = batch_size
-        self._pixels = _Pixels(
-            self.samples, preprocessing, hashes=hashes, dataset=dataset, store=store, num_threads=num_threads
-        )
-        missing = self._pixels.missing()
-        self.num_decoded = 0
-        """Images that were decoded for the store."""
-        if missing and store is not None and store.make_room(self._pixels.missing_bytes()):
-            for pixels in self._pixels.batches(_chunks(missing, batch_size), keep=True):
-                self.num_decoded += len(pixels)
-                if on_progress is not None:
-                    on_progress(self.num_decoded, len(missing))
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __iter__(self) -> Iterator[Batch]:
-        groups = _chunks(range(len(self)), self._batch_size)
-        with closing(self._pixels.batches(groups)) as batches:
-            for group, pixels in zip(groups, batches, strict=True):
-                yield self._batch(group, pixels)
-
-    def take(self, indices: Sequence[int]) -> Batch:
-        """The images at these positions as one batch, (B, 3, H, W) float32 in [0, 1]."""
-        positions = _positions(indices, len(self))
-        return self._batch(positions, self._pixels.take(positions))
-
-    def _batch(self, group: Sequence[int], pixels: Tensor) -> Batch:
-        return Batch(samples=tuple(self.samples[i] for i in group), images=pixels.float() / 255)
-
-
-# --- features ------------------------------------------------------------------------------------------------------
 
 
 def round_as_stored(level: Tensor, dtype: Literal["float16", "float32"] = "float16") -> Tensor:
@@ -314,7 +122,7 @@ def feature_split(
         precision: precision of the encoder that the factory makes; part of the store's key.
         dtype: what the store keeps; float16 halves the size at a relative error of 5e-4.
         device: where batches are wanted.
-        num_threads: threads that decode; None for as many as torch uses.
+        num_threads: threads that decode; None for as many as torch uses, two at least.
         on_progress: told about the extraction.
 
     Raises:
@@ -336,8 +144,8 @@ def feature_split(
             dtype=dtype,
         ).items()
     }
-    keys = _keys_of(samples)
-    pixels = _Pixels(keys, preprocessing, hashes=hashes, dataset=dataset, store=store, num_threads=num_threads)
+    keys = keys_of(samples)
+    pixels = Pixels(keys, preprocessing, hashes=hashes, dataset=dataset, store=store, num_threads=num_threads)
     features = FeatureSplit(
         samples=keys,
         digests=tuple(hashes[sample.path] for sample in keys),
@@ -368,7 +176,7 @@ class FeatureSplit:
         layers: tuple[str, ...],
         also_layers: tuple[str, ...],
         rows: Mapping[tuple[str, str], StoredRows],
-        pixels: _Pixels,
+        pixels: Pixels,
         store: FeatureStore,
         encoder_factory: EncoderFactory,
         batch_size: int,
@@ -388,13 +196,12 @@ class FeatureSplit:
         self._rows, self._pixels, self._store = rows, pixels, store
         self._encoder_factory, self._batch_size, self._dtype, self._device = encoder_factory, batch_size, dtype, device
         self._encoder: Backbone | None = None
-        self._keep_pixels = False
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __iter__(self) -> Iterator[Batch]:
-        groups = _chunks(range(len(self)), self._batch_size)
+        groups = chunks(range(len(self)), self._batch_size)
         if self.streamed:
             yield from self._stream(groups)
         else:
@@ -402,10 +209,10 @@ class FeatureSplit:
 
     def take(self, indices: Sequence[int]) -> Batch:
         """The images at these positions as one batch, one (B, D, h, w) float32 map per layer."""
-        positions = _positions(indices, len(self))
+        positions = check_positions(indices, len(self))
         if not self.streamed:
             return self._read(positions)
-        batches = list(self._stream(_chunks(positions, self._batch_size)))
+        batches = list(self._stream(chunks(positions, self._batch_size)))
         levels = zip(*(batch.levels or () for batch in batches), strict=True)
         return Batch(
             samples=tuple(self.samples[i] for i in positions), levels=tuple(torch.cat(parts) for parts in levels)
@@ -417,10 +224,12 @@ class FeatureSplit:
         if not todo:
             return
         start = time.perf_counter()
-        layers, self._keep_pixels = self._what_fits(todo)
+        layers, keep_pixels = self._what_fits(todo)
         if layers:
-            self._extract(todo, layers, on_progress)
+            self._extract(todo, layers, keep_pixels, on_progress)
         self.streamed = bool(self._lacking())
+        if self.streamed:
+            self._pixels.fill(self._batch_size)
         self.extract_seconds += time.perf_counter() - start
 
     def _lacking(self) -> list[int]:
@@ -447,22 +256,24 @@ class FeatureSplit:
             if self._store.make_room(sum(needed.values()) + (pixels if keep_pixels else 0)):
                 return tuple(layer for layer, num_bytes in needed.items() if num_bytes), keep_pixels
         self._store.note(
-            f"features of {len(self)} images ({self._name}: {', '.join(self.layers)}) do not fit into the cache and are "
-            "computed at every use; a larger cache keeps them"
+            f"features of {len(self)} images ({self._name}: {', '.join(self.layers)}) do not fit into the cache; "
+            "they are computed at every use (a larger cache keeps them)"
         )
-        return (), self._store.make_room(pixels)
+        return (), False
 
-    def _extract(self, todo: list[int], layers: tuple[str, ...], on_progress: OnProgress | None) -> None:
+    def _extract(
+        self, todo: list[int], layers: tuple[str, ...], keep_pixels: bool, on_progress: OnProgress | None
+    ) -> None:
         encoder = self._encoder_factory(layers)
-        groups = _chunks(todo, self._batch_size)
+        groups = chunks(todo, self._batch_size)
         with ExitStack() as stack:
             writers = {
                 place: stack.enter_context(self._store.writer(rows.key))
                 for place, rows in self._rows.items()
                 if place[0] in layers
             }
-            batches = stack.enter_context(closing(self._pixels.batches(groups, self._keep_pixels)))
-            write = None
+            batches = stack.enter_context(closing(self._pixels.batches(groups, keep_pixels)))
+            write, done = None, 0
             for group, images in zip(groups, batches, strict=True):
                 with torch.inference_mode():
                     levels = encoder.encode(images)
@@ -470,9 +281,10 @@ class FeatureSplit:
                         write()  # an accelerator computes meanwhile
                     rows = [self._to_rows(level, layer, group) for layer, level in zip(layers, levels, strict=True)]
                 write = partial(self._write, group, layers, rows, writers)
-                self.num_extracted += len(group)
+                done += len(group)
                 if on_progress is not None:
-                    on_progress(min(self.num_extracted, len(todo)), len(todo))
+                    on_progress(done, len(todo))
+            self.num_extracted += done
             if write is not None:
                 write()
         for stored in self._rows.values():
@@ -509,7 +321,7 @@ class FeatureSplit:
             batches: dict[tuple[str, str], list[int]] = defaultdict(list)
             for place, position in enumerate(group):
                 if self._lacks(layer, position):
-                    dtype = "float32" if wide[place] else self._dtype
+                    dtype: str = "float32" if wide[place] else self._dtype
                     batches[self.samples[position].category, dtype].append(place)
             for (category, dtype), places in batches.items():
                 chosen = rows if len(places) == len(group) else rows[places]
@@ -521,8 +333,8 @@ class FeatureSplit:
     def _read(self, group: Sequence[int]) -> Batch:
         try:
             return self._stored(group)
-        except DamagedShard as error:
-            self._store.note(f"{error}; its features are extracted again")
+        except (DamagedShard, KeyError) as error:  # KeyError: another split has met the damage first
+            self._store.note(f"stored features of {self._name} are lost ({error}) and extracted again")
         # Whatever else is damaged is found now, so that one forward pass makes all of it again.
         for (layer, category), rows in self._rows.items():
             for sample, digest in zip(self.samples, self._digests, strict=True):
@@ -548,7 +360,7 @@ class FeatureSplit:
         """Batches computed anew, with the numbers that the store would have given."""
         if self._encoder is None:
             self._encoder = self._encoder_factory(self.layers)
-        with closing(self._pixels.batches(groups, self._keep_pixels)) as batches:
+        with closing(self._pixels.batches(groups)) as batches:
             for group, images in zip(groups, batches, strict=True):
                 levels = []
                 for layer, level in zip(self.layers, self._encoder.encode(images), strict=True):
@@ -556,18 +368,3 @@ class FeatureSplit:
                     levels.append(round_as_stored(level.detach(), self._dtype).to(self._device))
                 self.num_extracted += len(group)
                 yield Batch(samples=tuple(self.samples[i] for i in group), levels=tuple(levels))
-
-
-def _keys_of(samples: Sequence[SampleKey]) -> tuple[SampleKey, ...]:
-    return tuple(sample.key if isinstance(sample, Sample) else sample for sample in samples)
-
-
-def _chunks(positions: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [positions[start : start + size] for start in range(0, len(positions), size)]
-
-
-def _positions(indices: Sequence[int], length: int) -> list[int]:
-    positions = [int(index) for index in indices]
-    if not all(0 <= position < length for position in positions):
-        raise IndexError(f"positions must be in [0, {length}), got {positions}")
-    return positions

@@ -7,6 +7,7 @@ alone.
 
 from __future__ import annotations
 
+import functools
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -84,7 +85,8 @@ class _Canvas:
         )
 
     def box(self, x: float, y: float, width: float, height: float, **style: Any) -> None:
-        self.axes.add_patch(Rectangle((x, y), width, height, **style))
+        # `add_patch` would recompute the data limits each time, which takes longer than drawing.
+        self.axes.add_artist(Rectangle((x, y), width, height, **style))
 
     def image(self, x: float, y: float, width: float, height: float, pixels: np.ndarray) -> None:
         self.axes.imshow(pixels, extent=(x, x + width, y + height, y), interpolation="none", aspect="auto")
@@ -96,6 +98,7 @@ class _Canvas:
         self.agg.print_figure(target, dpi=min(dpi, _MAX_SIDE_PX / max(self.width, self.height)))
 
 
+@functools.lru_cache(maxsize=4096)
 def _text_width(text: str, size: float, bold: bool = False) -> float:
     """Inches that a line of text takes."""
     font = FontProperties(size=size, weight="bold" if bold else "normal")

@@ -224,7 +224,7 @@ def build_matrix(
         lines.append(MatrixRow(labels=texts, cells=tuple(cells)))
     return Matrix(
         metric=metric,
-        title=METRICS[metric].title if metric in METRICS else metric,
+        title=METRICS[metric].title,
         dataset=dataset,
         protocol_id=protocol_id,
         protocol=protocol,

@@ -36,7 +36,7 @@ TOLERANCE = 1e-6
 _LOW_BITS = 12
 _NUM_BINS = 1 << (32 - _LOW_BITS)
 _MAX_SLOTS = 1 << 22  # intervals that one replay may count: 100 MiB at most
-_CHUNK = 1 << 15  # pixels counted at once, so that what is computed from them stays in the cache
+_CHUNK = 1 << 14  # pixels counted at once, so that what is computed from them stays in the cache
 _INFINITY = 0x7F80_0000  # bit pattern of +inf; those above it are NaN
 
 
@@ -176,18 +176,14 @@ class PixelMetrics:
 
     def refine(self, refinement: Refinement) -> None:
         """Replaces the bins of a counted second pass. Raises MetricError if it has seen other pixels than the first."""
-        first, second, finer = self._histogram, refinement._histogram, refinement._intervals()
-        bins = refinement._bins
-        counts = [np.bincount(finer.bin, count, minlength=_NUM_BINS)[bins] for count in (finer.normal, finer.defect)]
-        same = np.array_equal(counts[0] + counts[1], first.pixels[bins]) and np.array_equal(counts[1], first.defects[bins])
-        if not same or second.pixels.sum() != first.pixels.sum() or second.num_regions != first.num_regions:
+        if not refinement._agrees_with(self._histogram):
             raise MetricError("the replayed maps or masks are not those counted before: replay must give the same pixels")
-        self._refined = self._intervals().replace(finer)
+        self._refined = self._intervals().replace(refinement._intervals())
 
     def _intervals(self) -> _Intervals:
         if self._refined is not None:
             return self._refined
-        occupied = np.flatnonzero(self._histogram.pixels)[::-1]
+        occupied = np.flatnonzero(self._histogram.pixels != 0)[::-1]
         return _Intervals.count(self._histogram, occupied, occupied, np.full(len(occupied), _LOW_BITS))
 
     def _results(self) -> dict[str, _Result]:
@@ -206,6 +202,8 @@ class PixelMetrics:
         Scores are taken to be spread evenly inside a bin, so that r times as many slots leave 1/r of its error. The
         fewest slots in all are then had with r in proportion to the root of (error / slots), by Lagrange's rule.
         """
+        if all(result.bound <= TOLERANCE for result in results.values()):
+            return None
         intervals = self._intervals()
         starts = np.flatnonzero(np.diff(intervals.bin, prepend=-1))
         slots = 2.0 ** (_LOW_BITS - intervals.shift[starts])
@@ -222,9 +220,7 @@ class PixelMetrics:
             # A bin that is split again was not spread evenly; at least four-fold, it is soon resolved.
             wanted = np.maximum(wanted, np.where(factor > 1, slots * np.maximum(factor, np.where(slots > 1, 4, 1)), 0))
             weight = np.maximum(weight, error / result.bound)
-        chosen = np.flatnonzero(wanted)
-        if not len(chosen):
-            return None
+        chosen = np.flatnonzero(wanted > 0)
         split_bits = np.ceil(np.log2(wanted[chosen])).astype(np.int64)
         split_bits = np.minimum(split_bits, _LOW_BITS - self._histogram.num_unused_bits())
         heaviest_first = np.argsort(-weight[chosen], kind="stable")
@@ -240,13 +236,14 @@ class Refinement:
         order = np.argsort(bins)
         self._bins, self._shift = bins[order], shift[order]
         self._num_slots = 1 << (_LOW_BITS - self._shift)
-        ends = np.cumsum(self._num_slots)
+        num_slots = int(self._num_slots.sum())
+        self._first_slot = np.cumsum(self._num_slots) - self._num_slots
         # One more slot, the last, takes the pixels of all other bins.
-        self._histogram = _Histogram(int(ends[-1]) + 1)
-        self._first_slot = np.full(_NUM_BINS, ends[-1])
-        self._first_slot[self._bins] = ends - self._num_slots
+        self._histogram = _Histogram(num_slots + 1)
         self._shift_of_bin = np.full(_NUM_BINS, _LOW_BITS, dtype=np.int32)
         self._shift_of_bin[self._bins] = self._shift
+        self._slot_of_bin = np.full(_NUM_BINS, num_slots)
+        self._slot_of_bin[self._bins] = self._first_slot
 
     def __getstate__(self) -> tuple[np.ndarray, np.ndarray, _Histogram]:
         return self._bins, self._shift, self._histogram
@@ -270,10 +267,19 @@ class Refinement:
 
     def _slot_of(self, keys: np.ndarray) -> np.ndarray:
         bins = _bin_of(keys)
-        return self._first_slot.take(bins) + ((keys & ((1 << _LOW_BITS) - 1)) >> self._shift_of_bin.take(bins))
+        return ((keys & ((1 << _LOW_BITS) - 1)) >> self._shift_of_bin.take(bins)) + self._slot_of_bin.take(bins)
+
+    def _agrees_with(self, first: _Histogram) -> bool:
+        """Whether the pixels are those of a first pass, as far as both can tell."""
+        second = self._histogram
+        return (
+            np.array_equal(np.add.reduceat(second.pixels[:-1], self._first_slot), first.pixels[self._bins])
+            and np.array_equal(np.add.reduceat(second.defects[:-1], self._first_slot), first.defects[self._bins])
+            and (second.pixels.sum(), second.num_regions) == (first.pixels.sum(), first.num_regions)
+        )
 
     def _intervals(self) -> _Intervals:
-        occupied = np.flatnonzero(self._histogram.pixels[:-1])[::-1]
+        occupied = np.flatnonzero(self._histogram.pixels[:-1] != 0)[::-1]
         place = np.repeat(np.arange(len(self._bins)), self._num_slots)[occupied]
         return _Intervals.count(self._histogram, occupied, self._bins[place], self._shift[place])
 
@@ -323,7 +329,7 @@ class _Histogram:
         return ((self.used_bits | 1 << 31) & -(self.used_bits | 1 << 31)).bit_length() - 1
 
     def __getstate__(self) -> dict[str, Any]:
-        occupied = np.flatnonzero(self.pixels)
+        occupied = np.flatnonzero(self.pixels != 0)
         sparse = {name: getattr(self, name)[occupied] for name in ("pixels", "defects", "weights")}
         return vars(self) | sparse | {"occupied": occupied, "num_slots": len(self.pixels)}
 
@@ -352,8 +358,9 @@ class _Intervals:
         """Reads occupied slots, the highest first, and joins neighbours of one bin that hold normal pixels alone."""
         defect = histogram.defects[slots]
         normal = histogram.pixels[slots] - defect
-        ends = np.ones(len(slots), dtype=bool)
-        ends[:-1] = (defect[:-1] > 0) | (defect[1:] > 0) | (bins[1:] != bins[:-1])
+        is_end = np.ones(len(slots), dtype=bool)
+        is_end[:-1] = (defect[:-1] > 0) | (defect[1:] > 0) | (bins[1:] != bins[:-1])
+        ends = np.flatnonzero(is_end)
         return cls(
             bin=bins[ends],
             shift=shift[ends],
@@ -380,10 +387,11 @@ class _Result(NamedTuple):
     error: np.ndarray
     errors_add_up: bool = True
 
-
-def _sum_up(low: np.ndarray, estimate: np.ndarray, high: np.ndarray) -> _Result:
-    error = np.maximum(high - estimate, estimate - low)
-    return _Result(float(estimate.sum()), float(error.sum()), error)
+    @classmethod
+    def sum(cls, low: np.ndarray, estimate: np.ndarray, high: np.ndarray, place: np.ndarray, size: int) -> _Result:
+        """Adds up terms that are known to lie between two values; `place` is the interval that each is unsure by."""
+        error = np.maximum(high - estimate, estimate - low)
+        return cls(float(estimate.sum()), float(error.sum()), np.bincount(place, error, minlength=size))
 
 
 def _rank_metrics(normal: np.ndarray, defect: np.ndarray, exact: np.ndarray) -> dict[str, _Result]:
@@ -394,68 +402,69 @@ def _rank_metrics(normal: np.ndarray, defect: np.ndarray, exact: np.ndarray) -> 
         defect: (I,) defective ones.
         exact: (I,) whether the interval holds a single score.
     """
-    false = np.cumsum(normal) - normal  # false and true positives above the interval
-    true = np.cumsum(defect) - defect
-    num_normal, num_defect = normal.sum(), defect.sum()
+    num_normal, num_defect, size = normal.sum(), defect.sum(), len(normal)
+    # Only intervals with defects add to a metric; what lies above them are the false and true positives.
+    place = np.flatnonzero(defect > 0)
+    false, true = (np.cumsum(normal) - normal)[place], (np.cumsum(defect) - defect)[place]
+    normal, defect, exact = normal[place], defect[place], exact[place]
+    share = defect / num_defect
 
-    below = (num_normal - false - normal) * (defect / num_normal / num_defect)
-    inside = normal * (defect / num_normal / num_defect)
-    half = below + inside / 2
-    auroc = _sum_up(np.where(exact, half, below), half, np.where(exact, half, below + inside))
+    def add_up(if_exact: np.ndarray, low: np.ndarray, estimate: np.ndarray, high: np.ndarray) -> _Result:
+        low, estimate, high = (np.where(exact, if_exact, unsure) for unsure in (low, estimate, high))
+        return _Result.sum(low, estimate, high, place, size)
+
+    least = share * ((num_normal - false - normal) / num_normal)
+    most = share * ((num_normal - false) / num_normal)
+    auroc = add_up((least + most) / 2, least, (least + most) / 2, most)
 
     def precision(defects_taken: np.ndarray | float, normals_taken: np.ndarray | float) -> np.ndarray:
         found = true + defects_taken
-        return found / np.maximum(found + false + normals_taken, 1)
+        return found / (found + false + normals_taken)
 
-    share = defect / num_defect
-    tied = share * precision(defect, normal)
+    after = precision(defect, normal)
     # Precision is concave in the defects taken, so its mean is at least that of the first and the last of them.
-    low = share * (precision(1, normal) + precision(defect, normal)) / 2
-    middle = share * precision((defect + 1) / 2, normal / 2)
-    high = share * precision(defect, 0)
-    ap = _sum_up(np.where(exact, tied, low), np.where(exact, tied, middle), np.where(exact, tied, high))
+    least, most = share * (precision(1, normal) + after) / 2, share * precision(defect, 0)
+    ap = add_up(share * after, least, share * precision((defect + 1) / 2, normal / 2), most)
 
     f1 = 2 * (true + defect) / (true + defect + false + normal + num_defect)
     best = float(f1.max())
-    error = np.where(exact, 0.0, np.maximum(2 * (true + defect) / (true + defect + false + num_defect) - best, 0.0))
+    above_best = np.maximum(2 * (true + defect) / (true + defect + false + num_defect) - best, 0)
+    error = np.bincount(place, np.where(exact, 0, above_best), minlength=size)
     return {"auroc": auroc, "ap": ap, "f1_max": _Result(best, float(error.max()), error, errors_add_up=False)}
 
 
 def _aupro(intervals: _Intervals, exact: np.ndarray, num_regions: int, limit: float) -> _Result:
     """Area under the mean region overlap up to a false-positive rate, over that rate.
 
-    A defective pixel enters the curve between two thresholds. They are normal scores: the lowest that is not below its
-    own and the next lower one. So the curve rises by its weight along the normal pixels with that first score, and
-    all of them are summed here as one ramp per interval.
+    A defective pixel joins the curve between two thresholds, which are normal scores: the lowest one that is not below
+    its own, and the next. The curve rises by its weight along the normal pixels that have the first of these scores.
     """
-    normal, last = intervals.normal.astype(np.float64), intervals.last.astype(np.float64)
+    normal = intervals.normal
+    end = limit * float(normal.sum())
     false = np.cumsum(normal) - normal
-    end = limit * normal.sum()
+    closest = np.maximum.accumulate(np.where(normal > 0, np.arange(len(normal)), -1))
+
+    place = np.flatnonzero(intervals.defect > 0)
+    above = np.where(place > 0, closest[place - 1], -1)  # the closest interval above that has normal pixels
+    last_above, exact_above = np.where(above < 0, 0, intervals.last[above]), (above < 0) | exact[above]
+    false, normal, exact = false[place], normal[place], exact[place]
+    mixed = normal > 0
 
     def ramp(start: np.ndarray, width: np.ndarray) -> np.ndarray:
-        """Integral up to `end` of a line that rises from 0 at `start` to 1 after `width`."""
-        rising = np.clip(end - start, 0.0, width)
-        return np.maximum(end - start - width, 0.0) + rising**2 / (2 * np.maximum(width, 1.0))
+        """Integral up to `end` of what rises from 0 at `start` to 1 after `width` false positives."""
+        rising = np.clip(end - start, 0, width)
+        return np.maximum(end - start - width, 0) + rising**2 / (2 * np.maximum(width, 1))
 
-    holds_normal = np.flatnonzero(normal)
-    above = np.searchsorted(holds_normal, np.arange(len(normal))) - 1  # the closest interval above with normal pixels
-    above = np.where(above >= 0, holds_normal[above], -1)
-    last_above = np.where(above >= 0, last[above], 0.0)
-    sure_above = exact[above] | (above < 0)
-
-    mixed = normal > 0
-    early = ramp(false - last_above, last_above)  # above all normal pixels of the interval
-    one_above = np.minimum(last_above, 1.0)
-    estimate = np.where(mixed, ramp(false, normal), ramp(false - one_above, one_above))
-    estimate = np.where(~mixed & sure_above, early, estimate)
-    low = np.where(mixed & ~exact, ramp(false + normal - 1, np.ones_like(normal)), estimate)
-    high = np.where(exact & mixed, estimate, early)
-    scale = intervals.weight / (end * num_regions)
-    result = _sum_up(low * scale, estimate * scale, high * scale)
-    # Where the interval has no normal pixel, its error is that of the one above it.
-    error = np.where(mixed, result.error, 0.0)
-    np.add.at(error, above[~mixed], result.error[~mixed])
-    return result._replace(error=error)
+    # As early as can be, the rise is along the last score above. In a mixed interval it may be as late as along one
+    # last pixel, and along all of them where they share one score. Without normal pixels, it is along the last above.
+    earliest = ramp(false - last_above, last_above)
+    one = np.minimum(last_above, 1)
+    estimate = np.where(mixed, ramp(false, normal), np.where(exact_above, earliest, ramp(false - one, one)))
+    least = np.where(mixed & ~exact, ramp(false + normal - 1, np.ones_like(normal)), estimate)
+    most = np.where(mixed & exact, estimate, earliest)
+    scale = intervals.weight[place] / (end * num_regions)
+    unsure_by = np.where(mixed | (above < 0), place, above)
+    return _Result.sum(least * scale, estimate * scale, most * scale, unsure_by, len(intervals.normal))
 
 
 def _read_pixels(
@@ -471,13 +480,14 @@ def _read_pixels(
         scores = np.ascontiguousarray(scores, dtype=np.float32)
     defect = truth != 0
     weights, num_regions = _region_weights(defect.reshape(-1, *defect.shape[-2:]), labels)
-    bits = scores.reshape(-1).view(np.int32)
-    if (bits < 0).any():
+    keys = bits = scores.reshape(-1).view(np.int32)
+    used_bits = int(np.bitwise_or.reduce(bits))
+    if used_bits < 0:  # some sign is set
         bits = (scores.reshape(-1) + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0
-    keys = bits ^ ((bits >> 31) & 0x7FFF_FFFF) if (bits < 0).any() else bits
+        keys = bits ^ ((bits >> 31) & 0x7FFF_FFFF)
     if len(keys) and not (-_INFINITY <= keys.min() and keys.max() < _INFINITY):
         _check_finite(scores, "anomaly map")
-    return _Pixels(keys, np.flatnonzero(defect), weights, num_regions, int(np.bitwise_or.reduce(bits)))
+    return _Pixels(keys, np.flatnonzero(defect), weights, num_regions, used_bits)
 
 
 def _bin_of(keys: np.ndarray) -> np.ndarray:

@@ -116,7 +116,7 @@ def build_matrices(
         AdgridError: an unknown metric or dataset.
     """
     names = tuple(METRICS) if metrics is None else tuple(metrics)
-    unknown = [name for name in names if name not in frame.columns or not pd.api.types.is_float_dtype(frame[name])]
+    unknown = [name for name in names if name not in METRICS]
     if unknown:
         raise AdgridError(f"unknown metric {unknown[0]!r}; known: {', '.join(METRICS)}")
     if dataset is not None and dataset not in set(frame["dataset"]):

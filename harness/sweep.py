@@ -41,14 +41,14 @@ def connect(address: str | None, num_cpus: int | None = None) -> Iterator[Mappin
     if ray.is_initialized():
         yield ray.cluster_resources()
         return
-    # A local Ray listens on this machine's addresses, so it keeps its token; Ray wants the mode said, see `ray start`.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     # One OpenMP thread per worker spins away the other workers' time at barriers unless it is told to sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DISABLE_DOCKER_CPU_WARNING", "1")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
+        # RAY_AUTH_MODE stays as the user has it: Ray makes and uses a token of its own where none is set, but not
+        # where the mode is set after it was imported.
         options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
     else:
         options["address"] = address
@@ -160,6 +160,10 @@ class _Relay(tune.Callback):
     def __init__(self, trials: Sequence[Trial], listeners: Sequence[Listener]) -> None:
         self._trials, self._listeners = trials, listeners
         self.rows: dict[str, dict[str, ResultRow]] = {trial.trial_id: {} for trial in trials}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune writes its callbacks to disk to restore an experiment; ours resumes from rows and restores nothing.
+        return {}
 
     def finished(self, trial: Trial, row: ResultRow) -> None:
         self.rows[trial.trial_id][row.cell_id] = row

@@ -24,17 +24,11 @@ from harness.matrices import NO_BACKBONE, Matrix, MatrixCell, Rank
 NOT_AVAILABLE = "n/a"
 """Printed where a metric does not exist, such as a pixel metric of a dataset without masks."""
 
-_VIRIDIS = (
-    (68, 1, 84),
-    (71, 45, 123),
-    (59, 82, 139),
-    (44, 114, 142),
-    (33, 145, 140),
-    (40, 174, 128),
-    (94, 201, 98),
-    (173, 220, 48),
-    (253, 231, 37),
+_VIRIDIS = bytes.fromhex(
+    "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c"
+    "1fa088 28ae80 3fbc73 5ec962 84d44b addc30 d8e219 fde725"
 )
+"""The map of S. van der Walt and N. Smith (public domain) at 17 equal steps, three bytes each."""
 
 
 def format_percent(cell: MatrixCell) -> str:
@@ -48,10 +42,10 @@ def format_percent(cell: MatrixCell) -> str:
 def cell_colour(value: float, bounds: tuple[float, float]) -> tuple[int, int, int]:
     """Colour of a rate on the perceptually uniform viridis scale between `bounds`, as (red, green, blue) of 0-255."""
     low, high = bounds
-    place = min(max((value - low) / (high - low), 0.0), 1.0) * (len(_VIRIDIS) - 1)
-    left = min(int(place), len(_VIRIDIS) - 2)
+    place = min(max((value - low) / (high - low), 0.0), 1.0) * (len(_VIRIDIS) // 3 - 1)
+    left = min(int(place), len(_VIRIDIS) // 3 - 2)
     mix = place - left
-    first, second = _VIRIDIS[left], _VIRIDIS[left + 1]
+    first, second = _VIRIDIS[3 * left : 3 * left + 3], _VIRIDIS[3 * left + 3 : 3 * left + 6]
     red, green, blue = (round(a + (b - a) * mix) for a, b in zip(first, second, strict=True))
     return red, green, blue
 

@@ -21,6 +21,7 @@ import statistics
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from mlflow.environment_variables import (
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
 )
 from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import SADeprecationWarning, SQLAlchemyError
 
 from harness.contracts import AdgridError, ResultRow, Trial
 from harness.matrices import NO_BACKBONE, show_value
@@ -166,7 +167,10 @@ class Mirror:
     @contextmanager
     def _reported(self) -> Iterator[None]:
         try:
-            yield
+            with warnings.catch_warnings():
+                # Between MLflow and its database layer; nobody who reads it here can do anything about it.
+                warnings.simplefilter("ignore", SADeprecationWarning)
+                yield
         # The exceptions of requests are OSErrors.
         except (MlflowException, SQLAlchemyError, OSError) as error:
             # What was written before the error is unknown, so it is read again next time.

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from harness.contracts import Batch, Context, Inputs, LevelChoice, Prediction, Split
 from methods.components.gaussian import CholeskyGaussians, SampleGaussians, fit_gaussians, load_gaussians
-from methods.components.levels import collect_levels
+from methods.components.levels import collect_levels, float64_device
 
 METHOD_VERSION = 1
 
@@ -99,8 +99,7 @@ class Padim:
         """Per level, the channels that are used, ascending."""
         self.gaussians: list[CholeskyGaussians | SampleGaussians] = []
         """One over all levels, or one per level."""
-        # Factors are float64, which Apple's devices lack.
-        self.device = torch.device("cpu") if context.device.type == "mps" else context.device
+        self.device = float64_device(context.device)
 
     def _draw_channels(self) -> list[Tensor]:
         widths = [width for width, _, _ in self.context.level_shapes]

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from harness.contracts import Batch, Context, Inputs, LevelChoice, Prediction, Split
 from methods.components.coreset import CoresetCache, draw_projection
-from methods.components.levels import collect_levels
-from methods.components.neighbours import nearest
+from methods.components.levels import collect_levels, float64_device
+from methods.components.neighbours import MemoryIndex
 from methods.components.patches import PatchEmbedding, average_and_concatenate, pool_patches
 
 METHOD_VERSION = 1
@@ -118,9 +118,10 @@ class PatchCore:
             if config.aggregation == "official"
             else average_and_concatenate(widths, config.patch_size)
         )
-        self.embedding = embedding.to(context.device)
-        self.memory_bank = torch.empty(0, embedding.width, device=context.device)
-        """(M, E) patch features, in the order in which they were chosen."""
+        self.device = float64_device(context.device)
+        self.embedding = embedding.to(self.device)
+        self.index: MemoryIndex | None = None
+        """The memory bank (M, E), in the order in which its patches were chosen, ready to be searched."""
 
     @torch.no_grad()
     def fit(self, train: Split) -> None:
@@ -133,14 +134,14 @@ class PatchCore:
         num_patches = len(levels[0]) * levels[0].shape[2] * levels[0].shape[3]
         num_kept = max(1, int(num_patches * self.config.coreset_ratio))
         if num_kept == num_patches:
-            self.memory_bank = self._embed_all(levels, self.embedding, None)
+            self.index = MemoryIndex(self._embed_all(levels, self.embedding, None))
             return
         coreset_features = self._embed_all(levels, self._coreset_embedding(), None)
         num_starts = min(num_patches, self.config.num_starting_points)
         starts = torch.randperm(num_patches, generator=self.context.generator("coreset"))[:num_starts]
         chosen = CORESETS.select(coreset_features, num_kept, starts)
         del coreset_features
-        self.memory_bank = self._embed_all(levels, self.embedding, chosen)
+        self.index = MemoryIndex(self._embed_all(levels, self.embedding, chosen))
 
     def _coreset_embedding(self) -> PatchEmbedding:
         """Patch features as the coreset measures them."""
@@ -148,16 +149,16 @@ class PatchCore:
         if dim is None or dim >= width:
             return self.embedding
         matrix = draw_projection(width, dim, self.context.generator("projection"))
-        return self.embedding.project(matrix.to(self.context.device)).to(self.context.device)
+        return self.embedding.project(matrix.to(self.device))
 
     def _embed_all(self, levels: list[Tensor], embedding: PatchEmbedding, rows: Tensor | None) -> Tensor:
         """(N * P, F) features of all patches of all images, or the (M, F) given rows of them."""
         per_image = levels[0].shape[2] * levels[0].shape[3]
         step = max(1, FLOATS_AT_ONCE // (per_image * embedding.width))
         total = len(levels[0]) * per_image
-        features = torch.empty(total if rows is None else len(rows), embedding.width, device=self.context.device)
+        features = torch.empty(total if rows is None else len(rows), embedding.width, device=self.device)
         for begin in range(0, len(levels[0]), step):
-            chunk = embedding([level[begin : begin + step].to(self.context.device) for level in levels]).flatten(0, 2)
+            chunk = embedding([level[begin : begin + step].to(self.device) for level in levels]).flatten(0, 2)
             first = begin * per_image
             if rows is None:
                 features[first : first + len(chunk)] = chunk
@@ -169,35 +170,41 @@ class PatchCore:
     @torch.no_grad()
     def predict(self, batch: Batch) -> Prediction:
         """Distances of every patch to the memory bank; the image score is that of the worst patch."""
-        assert batch.levels is not None
-        patches = self.embedding([level.to(self.context.device) for level in batch.levels])
+        assert batch.levels is not None, "the method asked for features"
+        index = self._fitted_index()
+        patches = self.embedding([level.to(self.device) for level in batch.levels])
         grid, queries = patches.shape[:3], patches.flatten(0, 2)
-        distances, entries = nearest(queries, self.memory_bank, min(self.config.num_neighbours, len(self.memory_bank)))
+        distances, entries = index.nearest(queries, min(self.config.num_neighbours, index.num_rows))
         scores = (distances.square() if self.config.distance == "squared" else distances).mean(dim=1)
         anomaly_map = scores.unflatten(0, grid)
         image_score, worst = anomaly_map.flatten(1).max(dim=1)
         if self.config.reweighting:
             worst = worst + torch.arange(grid[0], device=worst.device) * (grid[1] * grid[2])
-            image_score = image_score * self._crowd_weight(queries[worst], entries[worst, 0])
+            image_score = image_score * self._rarity(index, queries[worst], entries[worst, 0])
         return Prediction(anomaly_map=anomaly_map, image_score=image_score)
 
-    def _crowd_weight(self, worst: Tensor, entry: Tensor) -> Tensor:
+    def _rarity(self, index: MemoryIndex, worst: Tensor, entry: Tensor) -> Tensor:
         """(B,) weights of equation 7: one minus the softmax, at the nearest entry, of the worst patch's distances
-        to that entry's neighbours in the memory bank."""
-        num = min(self.config.num_reweighting_neighbours, len(self.memory_bank))
-        _, crowd = nearest(self.memory_bank[entry], self.memory_bank, num)
+        to that entry and its neighbours in the memory bank."""
+        _, crowd = index.nearest(index.memory_bank[entry], min(self.config.num_reweighting_neighbours, index.num_rows))
+        # The entry comes first, but for an equal one with a lower index.
         crowd = torch.where(crowd == entry[:, None], crowd[:, :1], crowd)
-        crowd[:, 0] = entry  # the entry itself first, also where another one is equal to it
-        distances = torch.linalg.vector_norm(worst[:, None] - self.memory_bank[crowd], dim=2)
+        crowd[:, 0] = entry
+        distances = torch.linalg.vector_norm(worst[:, None] - index.memory_bank[crowd], dim=2)
         return 1 - distances.softmax(dim=1)[:, 0]
+
+    def _fitted_index(self) -> MemoryIndex:
+        if self.index is None:
+            raise RuntimeError("fit the method, or load a fitted state, before predicting")
+        return self.index
 
     def state_dict(self) -> dict[str, Tensor]:
         """The memory bank."""
-        return {"memory_bank": self.memory_bank}
+        return {"memory_bank": self._fitted_index().memory_bank}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes over the memory bank of a method with the same configuration and level shapes."""
-        self.memory_bank = state["memory_bank"].to(self.context.device)
+        self.index = MemoryIndex(state["memory_bank"].to(self.device))
 
 
 METHOD = PatchCore

@@ -7,8 +7,9 @@ from harness.cli import main
 
 
 @pytest.fixture
-def call(tmp_path, places, capsys):
+def call(tmp_path, places, capsys, monkeypatch):
     """Runs a command in this process: (exit code, what it printed, its errors)."""
+    monkeypatch.setenv("COLUMNS", "200")
 
     def run(*words):
         root = [] if words[0] == "--version" else ["--root", str(tmp_path / "root"), "--cache-dir", places.cache_dir]
@@ -26,8 +27,7 @@ def space(tmp_path):
     return str(path)
 
 
-def test_listings_name_what_is_known_and_whether_it_is_here(call, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_listings_name_what_is_known_and_whether_it_is_here(call):
     code, out, _ = call("methods")
     assert code == 0
     assert "padim" in out

@@ -90,15 +90,12 @@ def extend_coreset(
     _check(features, num, start)
     if state is not None and len(state.order) >= num:
         return state
-    points = features.detach()
-    if points.device.type == "mps":  # has no float64
-        points = points.cpu()
-    selection = _Selection(points, num, start, state)
+    selection = _Selection(features, num, start, state)
     while selection.num_chosen < num:
         selection.choose_round()
         if progress is not None:
             progress(selection.num_chosen, num)
-    return CoresetState(selection.order.to(features.device), selection.bound, selection.num_seen)
+    return CoresetState(selection.order, selection.bound, selection.num_seen)
 
 
 class CoresetCache:

@@ -1,4 +1,4 @@
-"""The feature maps of a whole split in memory."""
+"""The feature maps of a whole split in memory, and where to compute on them."""
 
 from __future__ import annotations
 
@@ -37,3 +37,8 @@ def collect_levels(split: Split, channels: Sequence[Tensor] | None = None) -> li
     if begin != len(split) or not levels:
         raise ValueError(f"the split holds {len(split)} images but gave {begin}")
     return levels
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU for a device without float64 (Apple's)."""
+    return torch.device("cpu") if device.type == "mps" else device

@@ -12,6 +12,7 @@ the rest of a vector counts by its length alone (Cauchy-Schwarz):
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_FLOATS = 2**21
@@ -22,6 +23,9 @@ PAIR_FLOATS = 2**20
 """Differences held at once, pairs times dimensions."""
 AXES_SAMPLE = 4096
 """Bank rows from which the principal axes are computed, at most."""
+NUM_PROBES = 64
+PAIR_COST = 80
+"""Measuring a pair of D coordinates takes as long as this many of its products of D terms."""
 
 
 def nearest(queries: Tensor, memory_bank: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
@@ -63,11 +67,13 @@ class MemoryIndex:
         if memory_bank.ndim != 2 or 0 in memory_bank.shape:
             raise ValueError(f"memory_bank must be (M, D) with M, D > 0, got shape {tuple(memory_bank.shape)}")
         self.memory_bank = memory_bank if memory_bank.dtype == torch.float64 else memory_bank.float()
-        num_rows, width = memory_bank.shape
+        self.num_rows, width = memory_bank.shape
         self.shift = self.memory_bank.mean(dim=0, dtype=torch.float64)  # smaller norms, smaller rounding errors
+        if not bool(self.shift.isfinite().all()):
+            raise ValueError("memory_bank must be finite, found NaN or infinity")
         self.axes: Tensor | None = None
         """(D, a) orthonormal float64 columns; None for all D coordinates as they are."""
-        if width >= 64 and num_rows >= 1024 and (num_queries is None or num_queries >= 4 * width):
+        if width >= 64 and self.num_rows >= 1024 and (num_queries is None or num_queries >= 4 * width):
             self.axes = self._choose_axes()
 
         # Where float32 products may be computed with fewer bits, screen in float64.
@@ -75,15 +81,17 @@ class MemoryIndex:
         self.dtype = self.memory_bank.dtype if exact_products else torch.float64
         lead, norm = self._screened(self.memory_bank)
         self.largest_norm = norm.max()
-        if not bool(self.largest_norm.isfinite()):
-            raise ValueError("memory_bank must be finite, found NaN or infinity")
-        self.bounds = torch.cat([-2 * lead, norm.square()[:, None].to(self.dtype)], dim=1)
-        """(M, a + 2) rows whose product with (q_a, |q_rest|, 1) is |lower bound|^2 - |q|^2."""
+        padding = -self.num_rows % GROUP
+        lead = F.pad(lead, (0, 0, 0, padding))
+        squared = F.pad(norm.square().to(self.dtype), (0, padding), value=torch.inf)
+        self.bounds = torch.cat([-2 * lead, squared[:, None]], dim=1)
+        """(M, a + 2) rows whose product with (q_a, |q_rest|, 1) is |lower bound|^2 - |q|^2; rows of infinity fill the
+        last group."""
 
     @torch.no_grad()
     def nearest(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
         """See `nearest`."""
-        num_rows, width = self.memory_bank.shape
+        num_rows, width = self.num_rows, self.memory_bank.shape[1]
         if queries.ndim != 2 or queries.shape[1] != width:
             raise ValueError(f"queries must be (Q, {width}) like the memory bank, got shape {tuple(queries.shape)}")
         if not 1 <= k <= num_rows:
@@ -103,16 +111,24 @@ class MemoryIndex:
             raise ValueError("queries must be finite, found NaN or infinity")
         bound = torch.cat([lead, torch.ones_like(lead[:, :1])], dim=1) @ self.bounds.T  # squared, less |q|^2
 
-        close = self._close_rows(bound, k)
+        groups = bound.unflatten(1, (-1, GROUP if self.num_rows >= GROUP * k else 1))
+        smallest = groups.amin(dim=2)
+
+        # k bank rows that are surely close: the first of each of the k best groups. No farther row is wanted.
+        best = smallest.argmin(dim=1, keepdim=True) if k == 1 else smallest.topk(k, dim=1, largest=False).indices
+        inside = groups.gather(1, best[:, :, None].expand(-1, -1, groups.shape[2])).argmin(dim=2)
         row = torch.arange(len(queries), device=queries.device).repeat_interleave(k)
-        reached = self._measure(queries, row, close.flatten()).view(-1, k).amax(dim=1)
+        reached = self._measure(queries, row, (best * groups.shape[2] + inside).flatten()).view(-1, k).amax(dim=1)
+
         # |fl(a.b) - a.b| <= n u |a||b| for n terms and unit roundoff u (Higham 2002, eq. 3.5); rounding of operands and
         # of the limit costs as much as a few terms more. Measured distances are off by no more than (D / 2 + 2) u.
         unit = torch.finfo(self.dtype).eps / 2
         error = 2 * (bound.shape[1] + 8) * unit * (norm + self.largest_norm) ** 2
         slack = 1 + 2 * (queries.shape[1] + 8) * torch.finfo(queries.dtype).eps
         limit = (reached.double().square() * slack - norm.square() + error).to(self.dtype)
-        row, column = (bound <= limit[:, None]).nonzero(as_tuple=True)
+        row, group = (smallest <= limit[:, None]).nonzero(as_tuple=True)
+        pair, inside = (groups[row, group] <= limit[row, None]).nonzero(as_tuple=True)
+        row, column = row[pair], group[pair] * groups.shape[2] + inside
         distance = self._measure(queries, row, column)
 
         # Sort the pairs by (row, distance, column); `nonzero` gives them by (row, column) and the sorts are stable.
@@ -135,16 +151,6 @@ class MemoryIndex:
             norms.append(squared.sqrt())
         return torch.cat(leads), torch.cat(norms)
 
-    def _close_rows(self, bound: Tensor, k: int) -> Tensor:
-        """(B, k) different bank rows with small bounds: the smallest of each of the k best groups."""
-        num_rows = bound.shape[1]
-        group = GROUP if num_rows >= GROUP * k else 1
-        groups = bound[:, : num_rows - num_rows % group].unflatten(1, (-1, group))
-        minima = groups.amin(dim=2)
-        best = minima.argmin(dim=1, keepdim=True) if k == 1 else minima.topk(k, dim=1, largest=False).indices
-        inside = groups.gather(1, best[:, :, None].expand(-1, -1, group)).argmin(dim=2)
-        return best * group + inside
-
     def _measure(self, queries: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """(pairs,) distances between the paired queries and bank rows, by differences."""
         pairs = max(1, PAIR_FLOATS // queries.shape[1])
@@ -155,15 +161,27 @@ class MemoryIndex:
         return torch.cat(pieces)
 
     def _choose_axes(self) -> Tensor | None:
-        """(D, a) principal axes that pay, or None where all coordinates are cheaper.
+        """(D, a) principal axes, as many as make searches cheapest, or None for all coordinates as they are.
 
-        Few axes make the product cheap, many make the bounds tight. On patch features of ConvNets the best a, flat
-        within a factor of two in a, leaves a quarter of a bank row's squared distance to its neighbour to the rest.
+        Few axes make the product cheap, many make its bounds tight. How many pairs are left to measure is counted for
+        some bank rows, as far from their nearest neighbours as queries will be, against a sample of the bank.
         """
-        num_rows, width = self.memory_bank.shape
-        sample = self.memory_bank[:: -(-num_rows // AXES_SAMPLE)].double() - self.shift
-        energy, axes = torch.linalg.eigh(sample.T @ sample / len(sample))  # ascending
-        some = self.memory_bank[:: -(-num_rows // 64)].double()
-        to_neighbour = torch.cdist(some, self.memory_bank.double()).topk(2, dim=1, largest=False).values[:, 1]
-        num_rest = int((energy.cumsum(0) <= to_neighbour.square().median() / 4).sum())
-        return None if num_rest < width / 3 else axes[:, num_rest:].contiguous()
+        width = self.memory_bank.shape[1]
+        sample = self.memory_bank[:: -(-self.num_rows // AXES_SAMPLE)].double() - self.shift
+        axes = torch.linalg.eigh(sample.T @ sample).eigenvectors.flip(1)
+        some = self.memory_bank[:: -(-self.num_rows // NUM_PROBES)]
+        to_neighbour = torch.cdist(some, self.memory_bank).topk(2, largest=False).values[:, 1:]
+        probes, sample = (some.double() - self.shift) @ axes, sample @ axes
+
+        costs = {width: float(self.num_rows * width)}
+        for num_axes in (width * sixteenths // 16 for sixteenths in range(1, 11)):
+            bounds = torch.cdist(_shorten(probes, num_axes), _shorten(sample, num_axes))
+            share = float((bounds <= to_neighbour).double().mean())
+            costs[num_axes] = self.num_rows * (num_axes + share * PAIR_COST * width)
+        cheapest = min(costs, key=lambda num_axes: costs[num_axes])
+        return None if cheapest == width else axes[:, :cheapest].contiguous()
+
+
+def _shorten(points: Tensor, num_axes: int) -> Tensor:
+    """(B, a + 1) first coordinates, and the length of the rest."""
+    return torch.cat([points[:, :num_axes], points[:, num_axes:].norm(dim=1, keepdim=True)], dim=1)
