@@ -53,6 +53,7 @@ class FittedMethod:
         self._encoder: FrozenBackbone | None = None
         self._meter = Meter(self._device)
         self._extracted = 0
+        self._features = FeatureStore(settings.places.cache_dir, int(settings.cache_gib * 2**30))
         seeded = (trial.dataset.name, *data, trial.shots, trial.seed)
         backbone, size = resolved.backbone, resolved.preprocessing.image_size
         context = Context(
@@ -64,7 +65,8 @@ class FittedMethod:
             encode=None if backbone is None else self._encode,
             make_backbone=self._trainable if resolved.method.backbone_use == "trained" else None,
         )
-        train = self._split([sample for category in data.values() for sample in category.train], "train")
+        samples = [sample for category in data.values() for sample in category.train]
+        train = self._split(samples, "train", self._meter)
         self._notify("fitting", 0, 1)
         with self._meter.timed("fit_seconds"):
             self._method = resolved.method(resolved.config, context)
@@ -83,13 +85,12 @@ class FittedMethod:
     def predict(self, cell: Cell) -> StoredPrediction:
         """Raw predictions for the test images of one category, saved unless they are too large."""
         meter = self._meter.copy()
-        with meter.timed("features_seconds"):
-            test = self._split(self._data[cell.category].test, "test")
+        test = self._split(self._data[cell.category].test, "test", meter)
         maps: list[np.ndarray] = []
         scores: list[np.ndarray] = []
         done, batches = 0, iter(test)
         while True:
-            with meter.timed("features_seconds"):
+            with meter.timed("read_seconds"):
                 batch = next(batches, None)
             if batch is None:
                 break
@@ -101,7 +102,7 @@ class FittedMethod:
             done += len(batch)
             self._notify("predicting", done, len(test))
         costs = meter.costs()
-        costs["images_per_second"] = round(done / max(costs["predict_seconds"] + costs["features_seconds"], 1e-9), 2)
+        costs["images_per_second"] = round(done / max(costs["predict_seconds"] + costs["read_seconds"], 1e-9), 2)
         costs |= {"train_images": self._num_train, "test_images": done, "extracted_images": self._extracted}
         _check_finite(test.samples, maps, scores, self._resolved.trial.method)
         result = StoredPrediction(
@@ -114,13 +115,22 @@ class FittedMethod:
             self._store.publish_prediction(cell.prediction_id, result)
         return result
 
-    def _split(self, samples: Sequence[Sample], split: str) -> Split:
+    def _split(self, samples: Sequence[Sample], split: str, meter: Meter) -> Split:
         """The images as this method wants them; features come from the store and are extracted once if missing."""
         resolved, trial = self._resolved, self._resolved.trial
-        if resolved.method.inputs(resolved.config) == "images":
-            return ImageSplit(samples, resolved.preprocessing, batch_size=self._settings.batch_size)
-        hashes = {path: hash for category in self._data.values() for path, hash in category.hashes.items()}
-        with self._meter.timed("extract_seconds"):
+        hashes = {path: digest for category in self._data.values() for path, digest in category.hashes.items()}
+        if resolved.backbone is None or resolved.method.inputs(resolved.config) == "images":
+            with meter.timed("decode_seconds"):
+                return ImageSplit(
+                    samples,
+                    resolved.preprocessing,
+                    batch_size=self._settings.batch_size,
+                    hashes=hashes,
+                    dataset=trial.dataset.name,
+                    store=self._features,
+                    on_progress=lambda done, total: self._notify(f"decoding {split} images", done, total),
+                )
+        with meter.timed("extract_seconds"):
             features = feature_split(
                 samples,
                 hashes,
@@ -130,9 +140,10 @@ class FittedMethod:
                 layers=trial.layers,
                 also_layers=trial.also_layers,
                 preprocessing=resolved.preprocessing,
-                store=FeatureStore(self._settings.places.cache_dir, int(self._settings.cache_gib * 2**30)),
+                store=self._features,
                 encoder_factory=self._encoder_of,
                 batch_size=self._settings.batch_size,
+                device=self._device,
                 on_progress=lambda done, total: self._notify(f"extracting {split} features", done, total),
             )
         self._extracted += features.num_extracted

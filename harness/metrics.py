@@ -372,7 +372,7 @@ class _Intervals:
 
     def replace(self, finer: _Intervals) -> _Intervals:
         """These with the intervals of another's bins replaced."""
-        kept = ~np.isin(self.bin, finer.bin)
+        kept = np.flatnonzero(~np.isin(self.bin, finer.bin))
         order = np.argsort(np.concatenate([-self.bin[kept], -finer.bin]), kind="stable")
         return _Intervals(
             **{name: np.concatenate([ours[kept], getattr(finer, name)])[order] for name, ours in vars(self).items()}
@@ -387,12 +387,6 @@ class _Result(NamedTuple):
     error: np.ndarray
     errors_add_up: bool = True
 
-    @classmethod
-    def sum(cls, low: np.ndarray, estimate: np.ndarray, high: np.ndarray, place: np.ndarray, size: int) -> _Result:
-        """Adds up terms that are known to lie between two values; `place` is the interval that each is unsure by."""
-        error = np.maximum(high - estimate, estimate - low)
-        return cls(float(estimate.sum()), float(error.sum()), np.bincount(place, error, minlength=size))
-
 
 def _rank_metrics(normal: np.ndarray, defect: np.ndarray, exact: np.ndarray) -> dict[str, _Result]:
     """AUROC, AP and F1-max of counts per interval of scores.
@@ -406,30 +400,31 @@ def _rank_metrics(normal: np.ndarray, defect: np.ndarray, exact: np.ndarray) -> 
     # Only intervals with defects add to a metric; what lies above them are the false and true positives.
     place = np.flatnonzero(defect > 0)
     false, true = (np.cumsum(normal) - normal)[place], (np.cumsum(defect) - defect)[place]
-    normal, defect, exact = normal[place], defect[place], exact[place]
+    normal, defect, known = normal[place], defect[place], np.flatnonzero(exact[place])
+
+    def add_up(terms: np.ndarray, error: np.ndarray) -> _Result:
+        error[known] = 0
+        return _Result(float(terms.sum()), float(error.sum()), np.bincount(place, error, minlength=size))
+
     share = defect / num_defect
+    auroc = add_up(share * ((num_normal - false - normal / 2) / num_normal), share * (normal / 2 / num_normal))
 
-    def add_up(if_exact: np.ndarray, low: np.ndarray, estimate: np.ndarray, high: np.ndarray) -> _Result:
-        low, estimate, high = (np.where(exact, if_exact, unsure) for unsure in (low, estimate, high))
-        return _Result.sum(low, estimate, high, place, size)
-
-    least = share * ((num_normal - false - normal) / num_normal)
-    most = share * ((num_normal - false) / num_normal)
-    auroc = add_up((least + most) / 2, least, (least + most) / 2, most)
-
-    def precision(defects_taken: np.ndarray | float, normals_taken: np.ndarray | float) -> np.ndarray:
-        found = true + defects_taken
+    def precision(found: np.ndarray, normals_taken: np.ndarray | int) -> np.ndarray:
         return found / (found + false + normals_taken)
 
-    after = precision(defect, normal)
-    # Precision is concave in the defects taken, so its mean is at least that of the first and the last of them.
-    least, most = share * (precision(1, normal) + after) / 2, share * precision(defect, 0)
-    ap = add_up(share * after, least, share * precision((defect + 1) / 2, normal / 2), most)
+    all_found = true + defect
+    after = precision(all_found, normal)
+    estimate = precision(true + (defect + 1) / 2, normal / 2)
+    # Precision is concave in the defects found, so its mean is at least that of the first and the last of them.
+    error = np.maximum(precision(all_found, 0) - estimate, estimate - (precision(true + 1, normal) + after) / 2)
+    estimate[known] = after[known]
+    ap = add_up(share * estimate, share * error)
 
-    f1 = 2 * (true + defect) / (true + defect + false + normal + num_defect)
+    f1 = 2 * all_found / (all_found + false + normal + num_defect)
     best = float(f1.max())
-    above_best = np.maximum(2 * (true + defect) / (true + defect + false + num_defect) - best, 0)
-    error = np.bincount(place, np.where(exact, 0, above_best), minlength=size)
+    above_best = np.maximum(2 * all_found / (all_found + false + num_defect) - best, 0)
+    above_best[known] = 0
+    error = np.bincount(place, above_best, minlength=size)
     return {"auroc": auroc, "ap": ap, "f1_max": _Result(best, float(error.max()), error, errors_add_up=False)}
 
 
@@ -442,29 +437,39 @@ def _aupro(intervals: _Intervals, exact: np.ndarray, num_regions: int, limit: fl
     normal = intervals.normal
     end = limit * float(normal.sum())
     false = np.cumsum(normal) - normal
-    closest = np.maximum.accumulate(np.where(normal > 0, np.arange(len(normal)), -1))
+    # For each interval the closest one above it that has normal pixels; number 0 has none above.
+    above = np.concatenate([[0], np.maximum.accumulate(np.arange(len(normal)) * (normal > 0))[:-1]])
+    last_above = intervals.last[above]
+    last_above[0] = 0
 
-    place = np.flatnonzero(intervals.defect > 0)
-    above = np.where(place > 0, closest[place - 1], -1)  # the closest interval above that has normal pixels
-    last_above, exact_above = np.where(above < 0, 0, intervals.last[above]), (above < 0) | exact[above]
-    false, normal, exact = false[place], normal[place], exact[place]
-    mixed = normal > 0
+    place = np.flatnonzero((intervals.defect > 0) & (false - last_above < end))
+    above, last_above, false, normal = above[place], last_above[place], false[place], normal[place]
+    mixed, pure = np.flatnonzero(normal > 0), np.flatnonzero(normal == 0)
 
-    def ramp(start: np.ndarray, width: np.ndarray) -> np.ndarray:
+    def rise(start: np.ndarray, width: np.ndarray) -> np.ndarray:
         """Integral up to `end` of what rises from 0 at `start` to 1 after `width` false positives."""
-        rising = np.clip(end - start, 0, width)
-        return np.maximum(end - start - width, 0) + rising**2 / (2 * np.maximum(width, 1))
+        area = end - start - width / 2
+        cut = np.flatnonzero(start + width > end)
+        area[cut] = np.maximum(end - start[cut], 0) ** 2 / (2 * width[cut])
+        return area
 
-    # As early as can be, the rise is along the last score above. In a mixed interval it may be as late as along one
-    # last pixel, and along all of them where they share one score. Without normal pixels, it is along the last above.
-    earliest = ramp(false - last_above, last_above)
-    one = np.minimum(last_above, 1)
-    estimate = np.where(mixed, ramp(false, normal), np.where(exact_above, earliest, ramp(false - one, one)))
-    least = np.where(mixed & ~exact, ramp(false + normal - 1, np.ones_like(normal)), estimate)
-    most = np.where(mixed & exact, estimate, earliest)
+    # Defective pixels of an interval may all lie above its normal ones: they rise along the last score above it. Or
+    # all below: they rise along its own last score. How many normal pixels have that score is known only where exact.
+    width, start = normal.copy(), false.copy()
+    width[pure] = np.where(exact[above[pure]], last_above[pure], np.minimum(last_above[pure], 1))
+    start[pure] -= width[pure]
+    estimate = rise(start, width)
+    start[mixed] += normal[mixed] - 1
+    width[mixed] = 1
+    error = np.maximum(rise(false - last_above, last_above) - estimate, estimate - rise(start, width))
+    error[mixed[exact[place[mixed]]]] = 0
+
     scale = intervals.weight[place] / (end * num_regions)
-    unsure_by = np.where(mixed | (above < 0), place, above)
-    return _Result.sum(least * scale, estimate * scale, most * scale, unsure_by, len(intervals.normal))
+    error *= scale
+    unsure_by = place.copy()
+    unsure_by[pure] = above[pure]
+    errors = np.bincount(unsure_by, error, minlength=len(intervals.normal))
+    return _Result(float((estimate * scale).sum()), float(error.sum()), errors)
 
 
 def _read_pixels(

@@ -249,7 +249,7 @@ def measure_progress(plan: Plan, rows: Mapping[str, ResultRow], predictions: set
         rescore=sum(cell.prediction_id in predictions for _, cell in open_cells),
         failed=sum(cell.cell_id in rows for _, cell in open_cells),
         todo=len(open_cells),
-        estimated_seconds=statistics.fmean(known) * len(seconds) if known else None,
+        estimated_seconds=statistics.fmean(known) * len(seconds) if known else None if seconds else 0.0,
     )
 
 

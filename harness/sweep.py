@@ -85,6 +85,7 @@ def run_trials(trials: Sequence[Trial], settings: RunSettings, listeners: Sequen
     if not trials:
         return []
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer output prints its settings even when told to be silent
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C reaches the caller; every finished row is saved already
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     relay = _Relay(trials, listeners)

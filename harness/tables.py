@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,7 +152,8 @@ def matrix_latex(matrix: Matrix) -> str:
     """The matrix as a LaTeX table (package booktabs) in percent, best of each column bold, second underlined."""
     ranks = matrix.ranks()
     caption = f"{matrix.title} in %, {matrix.subject}; best of each column in bold, second underlined."
-    label = "-".join(["tab", matrix.metric, *([matrix.dataset] if matrix.dataset else []), matrix.protocol_id])
+    name = "-".join(filter(None, [matrix.metric, matrix.dataset, matrix.protocol_id]))
+    label = "tab:" + re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
     body = [_latex_line([*map(_latex_escape, matrix.header), *map(_latex_escape, matrix.columns)])]
     body.append("    \\midrule")
     for row, row_ranks in zip(matrix.rows, ranks, strict=True):

@@ -104,15 +104,15 @@ def test_check_compares_files_with_the_layout(call, tmp_path):
 def test_run_then_report_then_run_again(call, space, tmp_path):
     code, out, _ = call("run", space, "--random-weights", "--num-cpus", "1")
     assert code == 0, out
-    assert "image AUROC" in out
-    assert "pixel AUROC" in out
+    assert "Image AUROC" in out
+    assert "Pixel AUROC" in out
     assert "3 cells: 3 computed now, 0 from earlier runs" in out
     assert "mlflow ui" in out or "mlflow server" in out
     run_id = next((tmp_path / "root/runs").iterdir()).name
     folder = tmp_path / "root/runs" / run_id / "report"
     assert (folder / "report.md").exists()
     assert (folder / "matrices/image_auroc.png").stat().st_size > 5000
-    sheets = list((tmp_path / "root/sheets").glob("*.png"))
+    sheets = list((tmp_path / "root/sheets").glob("*.webp"))
     assert len(sheets) == 3
     assert all(f"../../../sheets/{sheet.name}" in (folder / "report.md").read_text() for sheet in sheets)
     (folder / "report.md").unlink()

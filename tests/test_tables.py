@@ -72,7 +72,7 @@ def test_latex_is_as_agreed(matrices):
     )
     assert "224$\\times$224 px" in lines[2]
     assert lines[3:] == [
-        f"  \\label{{tab-image_auroc-{matrices[0].protocol_id}}}",
+        f"  \\label{{tab:image_auroc-{matrices[0].protocol_id}}}",
         "  \\begin{tabular}{llrr}",
         "    \\toprule",
         "    method & backbone & parts & solar\\_cells \\\\",

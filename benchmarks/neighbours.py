@@ -1,0 +1,92 @@
+"""Nearest neighbours of real patch features against faiss-cpu's IndexFlatL2.
+
+    python benchmarks/neighbours.py --data-root DATA [--faiss-python PYTHON] [--json FILE]
+
+The memory bank is a greedy coreset of the training patches, the queries are patches of test images (repeated and
+slightly disturbed where there are too few). With `--faiss-python`, an interpreter that has faiss-cpu, faiss searches
+in a process of its own; otherwise a chunked `torch.cdist` with `topk` stands in.
+"""
+
+import tempfile
+
+import numpy as np
+import torch
+from _compare import OtherSide, compare, encode_folder, interleave, make_parser, peak_mib, report
+
+from methods.components.coreset import greedy_coreset
+from methods.components.neighbours import nearest
+from methods.components.patches import average_and_concatenate
+
+
+def chunked_cdist(queries, bank, k):
+    """The usual search: all distances of a chunk, then topk."""
+    return torch.cat([torch.cdist(chunk, bank).topk(k, largest=False).values for chunk in queries.split(1024)])
+
+
+def main():
+    parser = make_parser(__doc__)
+    parser.add_argument("--faiss-python", help="interpreter with faiss-cpu installed")
+    parser.add_argument("--queries", type=int, default=60_000)
+    parser.add_argument("--rows", type=int, default=16_000)
+    parser.add_argument("--neighbours", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    train = encode_folder(options, options.images, strides=(8, 16))
+    test = encode_folder(options, options.test_images, strides=(8, 16))
+    embedding = average_and_concatenate([level.shape[1] for level in train], 3)
+    bank_from, test_patches = embedding(train).flatten(0, 2), embedding(test).flatten(0, 2)
+    bank = bank_from[greedy_coreset(bank_from, options.rows)].clone()
+    generator = torch.Generator().manual_seed(0)
+    repeats = -(-options.queries // len(test_patches))
+    queries = test_patches.repeat(repeats, 1)[: options.queries]
+    if repeats > 1:
+        queries += 0.05 * test_patches.std() * torch.randn(queries.shape, generator=generator)
+    del train, test, bank_from, test_patches
+
+    k, found = options.neighbours, {}
+
+    def ours():
+        found["ours"] = nearest(queries, bank, k)
+
+    with tempfile.TemporaryDirectory() as folder:
+        if options.faiss_python:
+            np.save(f"{folder}/queries.npy", queries.numpy())
+            np.save(f"{folder}/bank.npy", bank.numpy())
+            other = OtherSide(options.faiss_python, options.threads, folder)
+
+            def theirs():
+                return other.ask("search", queries="queries", bank="bank", k=k)["seconds"]
+        else:
+
+            def theirs():
+                found["distances"] = chunked_cdist(queries, bank, k)
+
+        seconds = interleave({"ours": ours, "theirs": theirs}, options.rounds)
+        if options.faiss_python:
+            other.close()
+            found["distances"] = torch.from_numpy(np.load(f"{folder}/squared.npy")).clamp(min=0).sqrt()
+
+    _, grown = peak_mib(ours)
+    distances, indices = found["ours"]
+    exact = (queries[:, None].double() - bank[indices].double()).norm(dim=2)
+    report(
+        {
+            "queries": len(queries),
+            "rows": len(bank),
+            "dimensions": bank.shape[1],
+            "neighbours": k,
+            "threads": options.threads,
+            "other": "faiss IndexFlatL2" if options.faiss_python else "chunked cdist",
+            **compare(seconds, "ours", "theirs"),
+            "ours_peak_mib": grown,
+            "ours_error": float((distances - exact).abs().max()),
+            "theirs_minus_ours_at_most": float((found["distances"] - distances).abs().max()),
+            "ours_farther_at_most": float((distances - found["distances"]).max()),
+        },
+        options.json,
+    )
+
+
+if __name__ == "__main__":
+    main()
