@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -144,7 +146,10 @@ def _run(parsed: argparse.Namespace, console: Console, command: str) -> int:
         console.print(f"[yellow]{_escape(note)}[/]", soft_wrap=True)
     console.print(f"run folder  {outcome.run_folder}", soft_wrap=True)
     if outcome.tracking_uri:
-        console.print(f"MLflow      {ui_command(outcome.tracking_uri)}", soft_wrap=True)
+        shown = ui_command(outcome.tracking_uri)
+        if shown.startswith("mlflow ") and shutil.which("mlflow") is None:
+            shown = f"{shlex.quote(str(Path(sys.executable).parent))}/{shown}"
+        console.print(f"MLflow      {shown}", soft_wrap=True)
     return 1 if outcome.num_failed else 0
 
 
@@ -295,7 +300,9 @@ def _ui(parsed: argparse.Namespace, console: Console, command: str) -> int:
     if uri is None:
         raise AdgridError("ui: --root is no local folder; name the server with --tracking-uri")
     words = shlex.split(ui_command(uri))
-    return subprocess.call([sys.executable, "-m", *words, "--host", "127.0.0.1", "--port", str(parsed.port)])
+    if "://" in uri and not uri.startswith(("http:", "https:")):
+        words = [sys.executable, "-m", *words, "--host", "127.0.0.1", "--port", str(parsed.port)]
+    return subprocess.call(words)
 
 
 if __name__ == "__main__":

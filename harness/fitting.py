@@ -11,8 +11,10 @@ import torch
 
 from harness.backbones import FrozenBackbone, level_shapes, trainable_backbone
 from harness.contracts import Cell, Context, RunSettings, Sample, SampleKey, Split, derive_seed
-from harness.features import FeatureStore, ImageSplit, feature_split
+from harness.feature_store import FeatureStore
+from harness.features import feature_keys, feature_split
 from harness.identity import content_id
+from harness.image_split import ImageSplit
 from harness.measure import Meter
 from harness.resolve import CategoryData, ResolvedTrial
 from harness.store import Store, StoredPrediction
@@ -188,6 +190,26 @@ class FittedMethod:
     def _machine(self) -> dict[str, str]:
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.machine()
         return {"device": self._device.type, "device_name": name}
+
+
+def is_being_extracted(resolved: ResolvedTrial, category: str, settings: RunSettings) -> bool:
+    """Whether another process of this node extracts the features of a category at this moment."""
+    if resolved.backbone is None or resolved.method.inputs(resolved.config) == "images":
+        return False
+    store = FeatureStore(settings.places.cache_dir)
+    keys = [
+        key
+        for split in ("train", "test")
+        for key in feature_keys(
+            dataset=resolved.trial.dataset.name,
+            category=category,
+            split=split,
+            resolved=resolved.backbone,
+            layers=resolved.trial.layers,
+            preprocessing=resolved.preprocessing,
+        ).values()
+    ]
+    return any(store.being_extracted(key) for key in keys)
 
 
 def _check_finite(

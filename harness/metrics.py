@@ -238,12 +238,14 @@ class Refinement:
         self._num_slots = 1 << (_LOW_BITS - self._shift)
         num_slots = int(self._num_slots.sum())
         self._first_slot = np.cumsum(self._num_slots) - self._num_slots
-        # One more slot, the last, takes the pixels of all other bins.
+        # One more slot, the last, takes the pixels of all other bins. The tables begin one bin before the first and
+        # end one after the last of those to be split, and stand for all bins beyond as well.
         self._histogram = _Histogram(num_slots + 1)
-        self._shift_of_bin = np.full(_NUM_BINS, _LOW_BITS, dtype=np.int32)
-        self._shift_of_bin[self._bins] = self._shift
-        self._slot_of_bin = np.full(_NUM_BINS, num_slots)
-        self._slot_of_bin[self._bins] = self._first_slot
+        self._table_start = self._bins[0] - 1
+        self._shift_table = np.full(self._bins[-1] - self._bins[0] + 3, _LOW_BITS, dtype=np.int32)
+        self._shift_table[self._bins - self._table_start] = self._shift
+        self._slot_table = np.full(len(self._shift_table), num_slots)
+        self._slot_table[self._bins - self._table_start] = self._first_slot
 
     def __getstate__(self) -> tuple[np.ndarray, np.ndarray, _Histogram]:
         return self._bins, self._shift, self._histogram
@@ -266,8 +268,9 @@ class Refinement:
         return self
 
     def _slot_of(self, keys: np.ndarray) -> np.ndarray:
-        bins = _bin_of(keys)
-        return ((keys & ((1 << _LOW_BITS) - 1)) >> self._shift_of_bin.take(bins)) + self._slot_of_bin.take(bins)
+        place = _bin_of(keys) - self._table_start
+        low = (keys & ((1 << _LOW_BITS) - 1)) >> self._shift_table.take(place, mode="clip")
+        return low + self._slot_table.take(place, mode="clip")
 
     def _agrees_with(self, first: _Histogram) -> bool:
         """Whether the pixels are those of a first pass, as far as both can tell."""
@@ -396,11 +399,13 @@ def _rank_metrics(normal: np.ndarray, defect: np.ndarray, exact: np.ndarray) -> 
         defect: (I,) defective ones.
         exact: (I,) whether the interval holds a single score.
     """
-    num_normal, num_defect, size = normal.sum(), defect.sum(), len(normal)
+    size = len(normal)
     # Only intervals with defects add to a metric; what lies above them are the false and true positives.
     place = np.flatnonzero(defect > 0)
-    false, true = (np.cumsum(normal) - normal)[place], (np.cumsum(defect) - defect)[place]
-    normal, defect, known = normal[place], defect[place], np.flatnonzero(exact[place])
+    known = np.flatnonzero(exact[place])
+    num_normal, num_defect = float(normal.sum()), float(defect.sum())
+    counts = np.cumsum(normal) - normal, np.cumsum(defect) - defect, normal, defect
+    false, true, normal, defect = (count[place].astype(np.float64) for count in counts)
 
     def add_up(terms: np.ndarray, error: np.ndarray) -> _Result:
         error[known] = 0
@@ -443,7 +448,8 @@ def _aupro(intervals: _Intervals, exact: np.ndarray, num_regions: int, limit: fl
     last_above[0] = 0
 
     place = np.flatnonzero((intervals.defect > 0) & (false - last_above < end))
-    above, last_above, false, normal = above[place], last_above[place], false[place], normal[place]
+    above = above[place]
+    last_above, false, normal = (count[place].astype(np.float64) for count in (last_above, false, normal))
     mixed, pure = np.flatnonzero(normal > 0), np.flatnonzero(normal == 0)
 
     def rise(start: np.ndarray, width: np.ndarray) -> np.ndarray:
@@ -490,7 +496,7 @@ def _read_pixels(
     if used_bits < 0:  # some sign is set
         bits = (scores.reshape(-1) + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0
         keys = bits ^ ((bits >> 31) & 0x7FFF_FFFF)
-    if len(keys) and not (-_INFINITY <= keys.min() and keys.max() < _INFINITY):
+    if len(keys) and not (keys.min() >= -_INFINITY and keys.max() < _INFINITY):
         _check_finite(scores, "anomaly map")
     return _Pixels(keys, np.flatnonzero(defect), weights, num_regions, used_bits)
 

@@ -183,7 +183,11 @@ def remake_report(
     """Writes tables and pictures of a run into its folder and returns them as local files."""
     # As seen from the report's folder, whether on a file system or under a URI.
     drawn = set(store.names("sheets"))
-    sheets = {row.cell_id: f"../../../{sheet_key(row.cell_id)}" for row in rows if sheet_key(row.cell_id).split("/")[1] in drawn}
+    sheets = {
+        row.cell_id: f"../../../{sheet_key(row.cell_id)}"
+        for row in rows
+        if sheet_key(row.cell_id).split("/")[1] in drawn
+    }
     folder = store.local_path(f"runs/{run_id}/report")
     temporary = folder or Path(tempfile.mkdtemp(prefix="adgrid-report-"))
     files = write_report(temporary, rows, title=title, command=command, expected_cells=expected, contact_sheets=sheets)
@@ -237,8 +241,11 @@ class _Tracker(Listener):
     def _sync(self, rows: Sequence[ResultRow], files: Sequence[Path], finished: bool) -> None:
         mirror = self._mirror
         if mirror is not None:
-            params = {"space": self._plan.space.name, "cells": str(len(self._plan.cell_ids))}
-            self._try(lambda: mirror.sync(self._plan.space.name, self._plan.run_id, rows, files, params, finished))
+            plan = self._plan
+            params = {"space": plan.space.name, "cells": str(len(plan.cell_ids))}
+            self._try(
+                lambda: mirror.sync(plan.space.name, plan.run_id, rows, files, params, finished, planned=plan.trials)
+            )
 
     def _try(self, call: Callable[[], None]) -> None:
         try:

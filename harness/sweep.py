@@ -115,17 +115,14 @@ def run_trials(trials: Sequence[Trial], settings: RunSettings, listeners: Sequen
         result = results[number]
         assert result.config is not None
         trial = trials[result.config["trial"]]
-        rows = relay.rows[trial.trial_id]
-        lost = [cell for cell in trial.cells if cell.cell_id not in rows]
+        lost = [cell for cell in trial.cells if cell.cell_id not in relay.rows[trial.trial_id]]
         saved = store.load_rows(cell.cell_id for cell in lost)
         for cell in lost:
-            row = saved.get(cell.cell_id)
-            if row is None or row.status != "ok":
+            if cell.cell_id not in saved or saved[cell.cell_id].status != "ok":
                 reason = f"the trial's worker was lost: {result.error or 'it ended without a row for this cell'}"
                 row = unfinished_row(trial, cell, "failed", reason, settings)
                 store.publish_row(row)
                 relay.finished(trial, row)
-            rows[cell.cell_id] = row
     store.forget_attempts(settings.invocation)
     return [row for rows in relay.rows.values() for row in rows.values()]
 

@@ -122,9 +122,8 @@ def fold_batch_norms(network: nn.Module, example: Tensor) -> dict[str, str]:
         RuntimeError: the result on the example moved by more than float32 rounding; the network is not usable.
     """
     names = {module: name for name, module in network.named_modules()}
-    convs = [
-        m for m in names if type(m) is nn.Conv2d or type(m).__name__ == "Conv2dSame"
-    ]  # timm's pads, then convolves
+    # timm's Conv2dSame pads and convolves, its BatchNormAct2d carries the activation that follows.
+    convs = [m for m in names if type(m) is nn.Conv2d or type(m).__name__ == "Conv2dSame"]
     norms = [m for m in names if type(m) is nn.BatchNorm2d or type(m).__name__ == "BatchNormAct2d"]
     if not norms:
         return {}
@@ -147,12 +146,13 @@ def fold_batch_norms(network: nn.Module, example: Tensor) -> dict[str, str]:
         before = forward(example)
         for handle in handles:
             handle.remove()
+        if not isinstance(before, Tensor):
+            return {}
         readers = Counter(conv for conv, _ in pairs)
         folded = {}
         for conv, norm in pairs:
             if runs[conv] == runs[norm] == readers[conv] == 1 and norm.running_var is not None:
                 _absorb(conv, norm)
-                # timm's norm carries the activation that follows it.
                 network.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
                 folded[names[conv]] = names[norm]
         if folded and not torch.allclose(forward(example), before, rtol=1e-3, atol=1e-3 * float(before.abs().max())):

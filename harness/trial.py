@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from harness.contracts import Cell, ResultRow, RunSettings, Trial
 from harness.evaluate import evaluate
-from harness.fitting import FittedMethod, Notify
+from harness.fitting import FittedMethod, Notify, is_being_extracted
 from harness.resolve import CategoryData, ResolvedTrial, identify_cells, open_dataset, read_category, resolve_trial
 from harness.rows import finished_row, unfinished_row
 from harness.sheets import publish_sheet
@@ -45,8 +45,11 @@ def run_trial(trial: Trial, settings: RunSettings, notify: Notify = lambda *_: N
     except Exception as error:
         yield from _save_failed(store, trial, todo, error, settings)
         return
-    for group in fit_groups(resolved, todo):
-        yield from run_group(resolved, group, store, settings, notify)
+    groups = fit_groups(resolved, todo)
+    while groups:
+        # What another trial extracts right now is left for later; when all are taken, the first is done all the same.
+        free = (n for n, group in enumerate(groups) if not is_being_extracted(resolved, group[0].category, settings))
+        yield from run_group(resolved, groups.pop(next(free, 0)), store, settings, notify)
 
 
 def fit_groups(resolved: ResolvedTrial, cells: Sequence[Cell]) -> list[list[Cell]]:

@@ -255,3 +255,10 @@ def test_a_trial_that_cannot_start_is_a_reason_for_each_cell(run):
     rows = list(run_trial(trial, run.settings(plan)))
     assert [row.status for row in rows] == ["failed"] * 3
     assert "/absent/weights.pth" in rows[0].reason
+
+
+def test_a_category_that_another_trial_extracts_is_taken_last(run, monkeypatch):
+    monkeypatch.setattr("harness.trial.is_being_extracted", lambda resolved, category, settings: category == "large")
+    assert list(run()) == ["middle", "small", "large"]
+    monkeypatch.setattr("harness.trial.is_being_extracted", lambda resolved, category, settings: True)
+    assert list(run(overrides=["methods.toy_features.params.scale=2.0"])) == ["large", "middle", "small"]

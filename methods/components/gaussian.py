@@ -68,42 +68,37 @@ def nearest_positions(fine: Grid, coarse: Grid, device: torch.device | None = No
 
 
 class Layout:
-    """Which coarse position lies under which fine one, and chunks of positions that share nothing with each other."""
+    """Which coarse position lies under which fine ones, and chunks of positions that share nothing with each other."""
 
     def __init__(self, grids: Sequence[Grid], device: torch.device) -> None:
         finest = grids[0]
-        to_level = [nearest_positions(finest, grid, device) for grid in grids]
-        parents = [nearest_positions(*pair, device) for pair in pairwise(grids)]
-        nested, position = True, to_level[0]
-        for parent, direct in zip(parents, to_level[1:], strict=True):
-            position = parent[position]
-            nested = nested and torch.equal(position, direct)
+        self.to_level = [nearest_positions(finest, grid, device) for grid in grids]
+        """Per level: (P_0,) index into the level's own positions for every position of the finest grid."""
+        # Every coarse position must repeat under equally many fine ones, as it does when sizes divide each other.
+        # Otherwise all levels are first expanded to the finest grid.
+        divides = all(fine[0] % coarse[0] == 0 and fine[1] % coarse[1] == 0 for fine, coarse in pairwise(grids))
         every = [torch.arange(h * w, device=device) for h, w in grids]
-        self.source = every if nested else to_level
-        """Per level: (P_l,) index into the level's own positions. Grids that do not nest are first expanded."""
-        self.parent = parents if nested else [every[0] for _ in parents]
-        """Per level but the last: (P_l,) position on the next coarser level."""
+        self.source = every if divides else self.to_level
+        """Per level: (P_l,) index into the level's own positions."""
         self.counts = [len(source) for source in self.source]
         """Positions P_l per level."""
-        self.to_level = to_level
-        """Per level: (P_0,) index into the level's own positions for every position of the finest grid."""
-
-        self._root = [torch.arange(self.counts[-1], device=device)]
-        for parent in reversed(self.parent):
-            self._root.insert(0, self._root[0][parent])
-
-    def inherit(self, coarser: Tensor, level: int, positions: list[Tensor]) -> Tensor:
-        """Repeats (P_coarser, E, B) values of the next coarser level at `positions[level]`; E = 0 for the coarsest."""
-        if level == len(self.parent):
-            return coarser.new_empty(len(positions[level]), 0, coarser.shape[-1])
-        return coarser[torch.searchsorted(positions[level + 1], self.parent[level][positions[level]])]
+        parents = (
+            [nearest_positions(*pair, device) for pair in pairwise(grids)] if divides else every[:1] * (len(grids) - 1)
+        )
+        self.children = [
+            parent.argsort(stable=True).view(count, -1) for parent, count in zip(parents, self.counts[1:], strict=True)
+        ]
+        """Per level but the coarsest: (P_coarser, r) positions under each position of the next coarser level."""
 
     def chunks(self, floats_per_position: int) -> Iterator[list[Tensor]]:
-        """Positions per level, in chunks that hold every position above and below their own."""
-        repeats = -(-self.counts[0] // self.counts[-1])
+        """Positions per level, in chunks that hold all positions above and below their own; siblings are neighbours."""
+        repeats = self.counts[0] // self.counts[-1]
         size = max(1, CHUNK_FLOATS // max(1, floats_per_position * repeats))
-        for begin in range(0, self.counts[-1], size):
-            yield [((root >= begin) & (root < begin + size)).nonzero()[:, 0] for root in self._root]
+        for coarsest in torch.arange(self.counts[-1], device=self.source[0].device).split(size):
+            positions = [coarsest]
+            for children in reversed(self.children):
+                positions.insert(0, children[positions[0]].flatten())
+            yield positions
 
 
 class CholeskyGaussians:
@@ -133,21 +128,24 @@ class CholeskyGaussians:
         sizes = list(zip(layout.counts, widths, num_coarser, strict=True))
         factor = [_empty(count, width, width, device=device) for count, width, _ in sizes]
         cross = [_empty(count, width, above, device=device) for count, width, above in sizes]
+        scale = 1 / max(1, num_images - 1)
         for positions in layout.chunks(sum(widths) * (num_images + max(widths))):
-            whitened = _empty(0, 0, num_images, device=device)  # (P, D_coarser, B) rows of L^-1 y on the level above
+            # (P, E, N) rows of L^-1 X for all coarser levels, on the next coarser grid.
+            above = _empty(len(positions[-1]), 0, num_images, device=device)
             for level in reversed(range(len(levels))):
                 at = positions[level]
                 deviation = _deviation(levels[level], mean[level], layout.source[level][at])
-                coarser = layout.inherit(whitened, level, positions)
-                scale = 1 / max(1, num_images - 1)
-                block_cross = torch.bmm(deviation, coarser.mT) * scale
+                block_cross = (
+                    torch.bmm(_siblings(deviation, above), above.mT).view(len(at), widths[level], above.shape[1])
+                    * scale
+                )
                 covariance = torch.bmm(deviation, deviation.mT) * scale
                 covariance.diagonal(dim1=1, dim2=2).add_(epsilon)
                 covariance.baddbmm_(block_cross, block_cross.mT, alpha=-1)  # Schur complement
-                factor[level][at] = torch.linalg.cholesky(covariance)
-                cross[level][at] = block_cross
-                own = _whiten(deviation, coarser, factor[level][at], block_cross)
-                whitened = torch.cat([coarser, own], dim=1)
+                factor[level][at], cross[level][at] = torch.linalg.cholesky(covariance), block_cross
+                if level > 0:
+                    own = _whiten(deviation, above, factor[level][at], block_cross)
+                    above = torch.cat([_repeat(above, len(at)), own], dim=1)
         return cls(grids, mean, factor, cross)
 
     def distances(self, levels: Sequence[Tensor]) -> Tensor:
@@ -156,14 +154,16 @@ class CholeskyGaussians:
         squared = _empty(layout.counts[0], batch, device=self.factor[0].device)
         widths = [level.shape[1] for level in levels]
         for positions in layout.chunks(sum(widths) * (batch + widths[0])):
-            whitened = _empty(0, 0, batch, device=squared.device)  # (P, D_coarser, B) rows of L^-1 y on the level above
+            above = _empty(len(positions[-1]), 0, batch, device=squared.device)
+            total = above.sum(dim=1)  # (P, B) squared distances over all coarser levels
             for level in reversed(range(len(levels))):
                 at = positions[level]
                 deviation = _deviation(levels[level], self.mean[level], layout.source[level][at])
-                coarser = layout.inherit(whitened, level, positions)
-                own = _whiten(deviation, coarser, self.factor[level][at], self.cross[level][at])
-                whitened = torch.cat([coarser, own], dim=1)
-            squared[positions[0]] = whitened.square().sum(dim=1)
+                own = _whiten(deviation, above, self.factor[level][at], self.cross[level][at])
+                total = _repeat(total, len(at)) + own.square().sum(dim=1)
+                if level > 0:
+                    above = torch.cat([_repeat(above, len(at)), own], dim=1)
+            squared[positions[0]] = total
         return squared.sqrt().T.unflatten(1, self.grids[0])
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -238,9 +238,20 @@ class SampleGaussians:
         return cls(grids, epsilon, mean, levels, state["factor"])
 
 
-def _whiten(deviation: Tensor, coarser: Tensor, factor: Tensor, cross: Tensor) -> Tensor:
-    """(P, D, B) rows of L^-1 y for one level, from y (P, D, B) and the rows of all coarser levels (P, E, B)."""
-    return torch.linalg.solve_triangular(factor, torch.baddbmm(deviation, cross, coarser, alpha=-1), upper=False)
+def _whiten(deviation: Tensor, above: Tensor, factor: Tensor, cross: Tensor) -> Tensor:
+    """(P, D, B) rows of L^-1 y for one level, from y (P, D, B) and the rows of all coarser levels (P_coarser, E, B)."""
+    explained = torch.bmm(_siblings(cross, above), above).view_as(deviation)
+    return torch.linalg.solve_triangular(factor, deviation - explained, upper=False)
+
+
+def _siblings(rows: Tensor, above: Tensor) -> Tensor:
+    """(P, D, C) rows per position as (P_coarser, r D, C): what lies under one coarse position, one below the other."""
+    return rows.view(len(above), rows.shape[0] * rows.shape[1] // len(above), rows.shape[2])
+
+
+def _repeat(coarser: Tensor, num_positions: int) -> Tensor:
+    """Values per coarse position, repeated for the positions under it."""
+    return coarser.repeat_interleave(num_positions // len(coarser), dim=0)
 
 
 def _mean(level: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ GROUP = 64
 """Bank rows whose smallest bound is taken together, to find rows that are surely close."""
 PAIR_FLOATS = 2**20
 """Differences held at once, pairs times dimensions."""
+NUM_PROBED = 4
+"""Bank rows measured first for every query, to know how far the nearest can be."""
 AXES_SAMPLE = 4096
 """Bank rows from which the principal axes are computed, at most."""
 NUM_PROBES = 64
@@ -111,27 +113,33 @@ class MemoryIndex:
             raise ValueError("queries must be finite, found NaN or infinity")
         bound = torch.cat([lead, torch.ones_like(lead[:, :1])], dim=1) @ self.bounds.T  # squared, less |q|^2
 
-        groups = bound.unflatten(1, (-1, GROUP if self.num_rows >= GROUP * k else 1))
+        group = GROUP if self.num_rows >= GROUP * max(k, NUM_PROBED) else 1
+        groups = bound.unflatten(1, (-1, group))
         smallest = groups.amin(dim=2)
 
-        # k bank rows that are surely close: the first of each of the k best groups. No farther row is wanted.
-        best = smallest.argmin(dim=1, keepdim=True) if k == 1 else smallest.topk(k, dim=1, largest=False).indices
-        inside = groups.gather(1, best[:, :, None].expand(-1, -1, groups.shape[2])).argmin(dim=2)
-        row = torch.arange(len(queries), device=queries.device).repeat_interleave(k)
-        reached = self._measure(queries, row, (best * groups.shape[2] + inside).flatten()).view(-1, k).amax(dim=1)
+        # Bank rows that are likely the nearest: the first of each of the best groups. The k-th nearest of these is as
+        # far as a wanted row can be.
+        num_probed = min(max(k, NUM_PROBED), self.num_rows)
+        probed = smallest.topk(num_probed, dim=1, largest=False).indices
+        inside = groups.gather(1, probed[:, :, None].expand(-1, -1, group)).argmin(dim=2)
+        row = torch.arange(len(queries), device=queries.device).repeat_interleave(num_probed)
+        reached = self._measure(queries, row, (probed * group + inside).flatten())
+        reached = reached.view(-1, num_probed).kthvalue(k, dim=1).values
 
         # |fl(a.b) - a.b| <= n u |a||b| for n terms and unit roundoff u (Higham 2002, eq. 3.5); rounding of operands and
         # of the limit costs as much as a few terms more. Measured distances are off by no more than (D / 2 + 2) u.
         unit = torch.finfo(self.dtype).eps / 2
         error = 2 * (bound.shape[1] + 8) * unit * (norm + self.largest_norm) ** 2
-        slack = 1 + 2 * (queries.shape[1] + 8) * torch.finfo(queries.dtype).eps
-        limit = (reached.double().square() * slack - norm.square() + error).to(self.dtype)
-        row, group = (smallest <= limit[:, None]).nonzero(as_tuple=True)
-        pair, inside = (groups[row, group] <= limit[row, None]).nonzero(as_tuple=True)
-        row, column = row[pair], group[pair] * groups.shape[2] + inside
+        reached = reached * (1 + (queries.shape[1] + 8) * torch.finfo(queries.dtype).eps)
+        limit = (reached.double().square() - norm.square() + error).to(self.dtype)
+        row, near = (smallest <= limit[:, None]).nonzero(as_tuple=True)
+        pair, inside = (groups[row, near] <= limit[row, None]).nonzero(as_tuple=True)
+        row, column = row[pair], near[pair] * group + inside
         distance = self._measure(queries, row, column)
+        kept = (distance <= reached[row]).nonzero()[:, 0]
+        row, column, distance = row[kept], column[kept], distance[kept]
 
-        # Sort the pairs by (row, distance, column); `nonzero` gives them by (row, column) and the sorts are stable.
+        # Sort the pairs by (row, distance, column); they come by (row, column), and the sorts are stable.
         order = distance.argsort(stable=True)
         order = order[row[order].argsort(stable=True)]
         num_pairs = torch.bincount(row, minlength=len(queries))
