@@ -106,7 +106,7 @@ class StoredRows:
         """Takes in shards published since the last call; one that cannot be read is removed."""
         try:
             names = sorted(name for name in os.listdir(self._folder) if name.endswith(".arrow"))
-        except FileNotFoundError:
+        except OSError:  # nothing stored, or nowhere to store it
             return
         for name in names:
             if name not in self._known:
@@ -188,8 +188,11 @@ class ShardWriter:
         description = self._folder / "key.json"
         if not description.exists():
             partial = self._folder / f"{uuid.uuid4().hex}.partial"
-            partial.write_text(json.dumps(dataclasses.asdict(self._key), indent=1), encoding="utf-8")
-            os.replace(partial, description)
+            try:
+                partial.write_text(json.dumps(dataclasses.asdict(self._key), indent=1), encoding="utf-8")
+                os.replace(partial, description)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def _append(self, hashes: Sequence[str], rows: np.ndarray) -> None:
         self._lease.touch()

@@ -266,6 +266,7 @@ class FeatureSplit:
     ) -> None:
         encoder = self._encoder_factory(layers)
         groups = chunks(todo, self._batch_size)
+        done = 0
         with ExitStack() as stack:
             writers = {
                 place: stack.enter_context(self._store.writer(rows.key))
@@ -273,20 +274,21 @@ class FeatureSplit:
                 if place[0] in layers
             }
             batches = stack.enter_context(closing(self._pixels.batches(groups, keep_pixels)))
-            write, done = None, 0
-            for group, images in zip(groups, batches, strict=True):
-                with torch.inference_mode():
-                    levels = encoder.encode(images)
-                    if write is not None:
-                        write()  # an accelerator computes meanwhile
-                    rows = [self._to_rows(level, layer, group) for layer, level in zip(layers, levels, strict=True)]
-                write = partial(self._write, group, layers, rows, writers)
-                done += len(group)
-                if on_progress is not None:
-                    on_progress(done, len(todo))
-            self.num_extracted += done
-            if write is not None:
+            write: Callable[[], None] = _nothing
+            try:
+                for group, images in zip(groups, batches, strict=True):
+                    with torch.inference_mode():
+                        levels = encoder.encode(images)
+                        write()  # the rows of the batch before, while an accelerator computes
+                        write = _nothing
+                        rows = [self._to_rows(level, layer, group) for layer, level in zip(layers, levels, strict=True)]
+                    write = partial(self._write, group, layers, rows, writers)
+                    done += len(group)
+                    if on_progress is not None:
+                        on_progress(done, len(todo))
+            finally:  # what is complete is kept when a later image cannot be read
                 write()
+        self.num_extracted += done
         for stored in self._rows.values():
             stored.refresh()
 
@@ -368,3 +370,7 @@ class FeatureSplit:
                     levels.append(round_as_stored(level.detach(), self._dtype).to(self._device))
                 self.num_extracted += len(group)
                 yield Batch(samples=tuple(self.samples[i] for i in group), levels=tuple(levels))
+
+
+def _nothing() -> None:
+    """No rows wait to be written."""

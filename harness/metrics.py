@@ -467,15 +467,20 @@ def _aupro(intervals: _Intervals, exact: np.ndarray, num_regions: int, limit: fl
     estimate = rise(start, width)
     start[mixed] += normal[mixed] - 1
     width[mixed] = 1
-    error = np.maximum(rise(false - last_above, last_above) - estimate, estimate - rise(start, width))
-    error[mixed[exact[place[mixed]]]] = 0
+    error = estimate - rise(start, width)
+    at_once = np.maximum(end - false, 0)
+    error[mixed] = np.maximum(error, at_once - estimate)[mixed]
+    before = rise(false - last_above, last_above) - np.maximum(estimate, at_once)
+    known = mixed[exact[place[mixed]]]
+    error[known] = before[known] = 0
 
     scale = intervals.weight[place] / (end * num_regions)
     error *= scale
-    unsure_by = place.copy()
-    unsure_by[pure] = above[pure]
-    errors = np.bincount(unsure_by, error, minlength=len(intervals.normal))
-    return _Result(float((estimate * scale).sum()), float(error.sum()), errors)
+    before *= scale
+    # What may happen along the interval above is for that one to resolve, unless it is exact.
+    errors = np.bincount(place, error, minlength=len(exact))
+    errors += np.bincount(np.where(exact[above], place, above), before, minlength=len(exact))
+    return _Result(float((estimate * scale).sum()), float(errors.sum()), errors)
 
 
 def _read_pixels(
@@ -490,7 +495,9 @@ def _read_pixels(
     with np.errstate(over="ignore"):  # becomes infinite, and that is an error below
         scores = np.ascontiguousarray(scores, dtype=np.float32)
     defect = truth != 0
-    weights, num_regions = _region_weights(defect.reshape(-1, *defect.shape[-2:]), labels)
+    if defect.ndim == 2:
+        defect, labels = defect[None], None if labels is None else labels[None]
+    weights, num_regions = _region_weights(defect, labels)
     keys = bits = scores.reshape(-1).view(np.int32)
     used_bits = int(np.bitwise_or.reduce(bits))
     if used_bits < 0:  # some sign is set
@@ -506,7 +513,9 @@ def _bin_of(keys: np.ndarray) -> np.ndarray:
 
 
 def _region_weights(defect: np.ndarray, regions: np.ndarray | None) -> tuple[np.ndarray, int]:
-    """1 / area for the defective pixels of (B, H, W) masks in order, and the number of regions."""
+    """1 / area for the defective pixels of (B, H, W) masks in order, and the number of regions in all."""
+    if regions is not None and not np.array_equal(regions != 0, defect):
+        raise MetricError("regions and mask disagree: labels must be non-zero exactly where the mask is")
     weights, num_regions = [np.zeros(0)], 0
     for image in np.flatnonzero(defect.any(axis=(1, 2))):
         if regions is None:
@@ -514,7 +523,7 @@ def _region_weights(defect: np.ndarray, regions: np.ndarray | None) -> tuple[np.
             inside = defect[image, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
             labels = label_regions(inside)[0][inside]
         else:
-            labels = regions.reshape(defect.shape)[image][defect[image]]
+            labels = regions[image][defect[image]]
         areas = np.bincount(labels)
         weights.append(1 / areas[labels])
         num_regions += np.count_nonzero(areas)

@@ -21,7 +21,7 @@ GROUP = 64
 """Bank rows whose smallest bound is taken together, to find rows that are surely close."""
 PAIR_FLOATS = 2**20
 """Differences held at once, pairs times dimensions."""
-NUM_PROBED = 4
+NUM_PROBED = 2
 """Bank rows measured first for every query, to know how far the nearest can be."""
 AXES_SAMPLE = 4096
 """Bank rows from which the principal axes are computed, at most."""
