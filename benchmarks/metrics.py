@@ -1,6 +1,6 @@
 """Times the four pixel metrics against scikit-learn's exact sort and anomalib's AUROC and AUPRO.
 
-    python -m benchmarks.metrics --data-root DATA --anomalib-python PATH --output metrics.json
+    python benchmarks/metrics.py [--data-root DATA] [--anomalib-python PYTHON] [--json FILE]
 
 Every contender is a process of its own with one thread, holds the same maps, and is asked in turn, so that a busy
 machine slows all of them alike. Reported are the median of the ratios, the peak memory on top of the maps, and how
@@ -19,9 +19,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+ROOT = Path(__file__).parents[1]
 RANKED = ("pixel_auroc", "pixel_ap", "pixel_f1_max")
 BATCH = 16
 
@@ -117,20 +119,15 @@ CONTENDERS = {
 }
 
 
-def prepare_anomalib() -> None:
-    """Lets torchvision be imported beside a torch of another build, whose operators it does not find."""
-    import warnings
-
+def prepare_anomalib() -> Any:
+    """Defines two operators that torchvision misses beside a torch of another build; they live as long as the result."""
     import torch
 
-    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import anomalib.metrics  # noqa: F401
-
-    globals()["_keep"] = library  # the operators vanish with it
+    return library
 
 
 def peak_mib() -> float:
@@ -139,8 +136,7 @@ def peak_mib() -> float:
 
 def serve(name: str, path: Path) -> None:
     """Runs one contender each time a line comes in; answers with one line of JSON."""
-    if name == "anomalib":
-        prepare_anomalib()
+    kept = prepare_anomalib() if name == "anomalib" else None
     with np.load(path) as file:
         maps, masks = file["maps"], file["masks"]
     CONTENDERS[name](maps[:2], masks[:2])  # imports and first calls
@@ -148,19 +144,21 @@ def serve(name: str, path: Path) -> None:
     for _ in sys.stdin:
         start = time.perf_counter()
         values = CONTENDERS[name](maps, masks)
-        print(json.dumps({"seconds": time.perf_counter() - start, "mib": peak_mib() - base, "values": values}), flush=True)
+        seconds = time.perf_counter() - start
+        print(json.dumps({"seconds": seconds, "mib": peak_mib() - base, "values": values}), flush=True)
+    del kept
 
 
-def measure(pythons: dict[str, str], path: Path, repeats: int) -> dict[str, list[dict]]:
-    """Answers of every contender, asked in turn `repeats` times."""
+def measure(pythons: dict[str, str], path: Path, rounds: int) -> dict[str, list[dict]]:
+    """Answers of every contender, asked in turn, once a round."""
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = {
-        name: subprocess.Popen([python, __file__, "--serve", name, str(path)], env=_with_root(quiet), **pipes)
+        name: subprocess.Popen([python, __file__, "--serve", name, str(path)], env=quiet, **pipes)
         for name, python in pythons.items()
     }
     answers: dict[str, list[dict]] = {name: [] for name in workers}
-    for _ in range(repeats):
+    for _ in range(rounds):
         for name, worker in workers.items():
             worker.stdin.write("\n")
             worker.stdin.flush()
@@ -173,10 +171,6 @@ def measure(pythons: dict[str, str], path: Path, repeats: int) -> dict[str, list
     return answers
 
 
-def _with_root(environment: dict[str, str]) -> dict[str, str]:
-    return environment | {"PYTHONPATH": str(Path(__file__).parents[1])}
-
-
 def summarise(answers: dict[str, list[dict]], exact: dict[str, float]) -> dict:
     summary = {"exact": exact, "contenders": {}}
     ours = [answer["seconds"] for answer in answers["ours"]]
@@ -185,7 +179,9 @@ def summarise(answers: dict[str, list[dict]], exact: dict[str, float]) -> dict:
         summary["contenders"][name] = {
             "seconds": [run["seconds"] for run in runs],
             "median_seconds": statistics.median(run["seconds"] for run in runs),
-            "times_slower_than_ours": statistics.median(run["seconds"] / own for run, own in zip(runs, ours, strict=True)),
+            "times_slower_than_ours": statistics.median(
+                run["seconds"] / own for run, own in zip(runs, ours, strict=True)
+            ),
             "peak_mib_over_maps": runs[-1]["mib"],
             "values": values,
             "error": {key: abs(values[key] - exact[key]) for key in exact if key in values},
@@ -207,17 +203,21 @@ def print_summary(summary: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", type=Path, help="folder with masks in the MVTec AD layout; none: random ellipses")
+    parser.add_argument(
+        "--data-root", type=Path, help="folder with masks in the MVTec AD layout; none: random ellipses"
+    )
     parser.add_argument("--anomalib-python", help="interpreter that can import anomalib; none: it is left out")
     parser.add_argument("--maps", type=int, default=100)
     parser.add_argument("--size", type=int, default=256, help="pixels per side, a multiple of 8")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("metrics.json"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return serve(options.serve[0], Path(options.serve[1]))
-    from tests.reference.aupro import official_aupro
+        serve(options.serve[0], Path(options.serve[1]))
+        return
+    sys.path.insert(0, str(ROOT / "tests"))
+    from reference.aupro import official_aupro
 
     maps, masks = make_maps(options.maps, options.size, options.data_root)
     exact = run_sklearn(maps, masks) | {"aupro": official_aupro(maps, masks, limit=0.3)}
@@ -227,15 +227,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "maps.npz")
         np.savez(path, maps=maps, masks=masks)
-        answers = measure(pythons, path, options.repeats)
+        answers = measure(pythons, path, options.rounds)
     summary = {
         "maps": options.maps,
         "size": options.size,
         "defective_share": float(masks.mean()),
         "masks": "real" if options.data_root else "ellipses",
     } | summarise(answers, exact)
-    options.output.write_text(json.dumps(summary, indent=2))
-    print(f"{options.maps} maps of {options.size} x {options.size}, {summary['defective_share']:.1%} defective, one thread")
+    if options.json:
+        options.json.write_text(json.dumps(summary, indent=2) + "\n")
+    share = f"{summary['defective_share']:.1%} defective"
+    print(f"{options.maps} maps of {options.size} x {options.size}, {share}, one thread, {options.rounds} rounds")
     print_summary(summary)
 
 

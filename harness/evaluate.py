@@ -72,7 +72,7 @@ def evaluate(
         if truth is not None:
             pixel.update(rows, truth)
         if scores is None:
-            reduced.append(reduce_maps(rows, protocol.score_reduction))
+            reduced.append(reduce_maps(rows, protocol.score_reduction))  # type: ignore[arg-type]
     if scores is None:
         scores = torch.cat(reduced).numpy()
     metrics = image_metrics(scores, np.array([sample.label for sample in test]))

@@ -60,7 +60,9 @@ METRICS: dict[str, MetricInfo] = {
     "pixel_auroc": MetricInfo("pixel", "Pixel AUROC", "area under the ROC curve of all pixels of all images, pooled"),
     "pixel_ap": MetricInfo("pixel", "Pixel AP", "average precision of all pixels, pooled (step sum)"),
     "pixel_f1_max": MetricInfo("pixel", "Pixel F1-max", "best F1 of all pixels, pooled, over all thresholds"),
-    "aupro": MetricInfo("pixel", "AUPRO", "area under the per-region overlap up to a false-positive rate, over that rate"),
+    "aupro": MetricInfo(
+        "pixel", "AUPRO", "area under the per-region overlap up to a false-positive rate, over that rate"
+    ),
 }
 """All metrics in the order in which reports show them; rates in [0, 1], higher is better."""
 
@@ -177,7 +179,9 @@ class PixelMetrics:
     def refine(self, refinement: Refinement) -> None:
         """Replaces the bins of a counted second pass. Raises MetricError if it has seen other pixels than the first."""
         if not refinement._agrees_with(self._histogram):
-            raise MetricError("the replayed maps or masks are not those counted before: replay must give the same pixels")
+            raise MetricError(
+                "the replayed maps or masks are not those counted before: replay must give the same pixels"
+            )
         self._refined = self._intervals().replace(refinement._intervals())
 
     def _intervals(self) -> _Intervals:
@@ -489,7 +493,9 @@ def _read_pixels(
     scores, truth = _to_numpy(anomaly_map), _to_numpy(mask)
     labels = None if regions is None else _to_numpy(regions)
     if scores.ndim not in (2, 3) or truth.shape != scores.shape:
-        raise MetricError(f"anomaly_map and mask must both be (B, H, W) or (H, W), got {scores.shape} and {truth.shape}")
+        raise MetricError(
+            f"anomaly_map and mask must both be (B, H, W) or (H, W), got {scores.shape} and {truth.shape}"
+        )
     if labels is not None and labels.shape != scores.shape:
         raise MetricError(f"regions must have the shape of the mask {truth.shape}, got {labels.shape}")
     with np.errstate(over="ignore"):  # becomes infinite, and that is an error below
@@ -526,7 +532,7 @@ def _region_weights(defect: np.ndarray, regions: np.ndarray | None) -> tuple[np.
             labels = regions[image][defect[image]]
         areas = np.bincount(labels)
         weights.append(1 / areas[labels])
-        num_regions += np.count_nonzero(areas)
+        num_regions += int(np.count_nonzero(areas))
     return np.concatenate(weights), num_regions
 
 
@@ -541,7 +547,9 @@ def _check_finite(scores: np.ndarray, what: str) -> None:
     wrong = np.flatnonzero(~np.isfinite(scores))
     if len(wrong):
         index = tuple(int(i) for i in np.unravel_index(wrong[0], scores.shape))
-        raise MetricError(f"{len(wrong)} of {scores.size} {what} values are NaN or infinite, the first at index {index}")
+        raise MetricError(
+            f"{len(wrong)} of {scores.size} {what} values are NaN or infinite, the first at index {index}"
+        )
 
 
 def _check_both_classes(what: str, defect_word: str, num_normal: int, num_defect: int) -> None:

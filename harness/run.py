@@ -182,12 +182,9 @@ def remake_report(
 ) -> list[Path]:
     """Writes tables and pictures of a run into its folder and returns them as local files."""
     # As seen from the report's folder, whether on a file system or under a URI.
-    drawn = set(store.names("sheets"))
-    sheets = {
-        row.cell_id: f"../../../{sheet_key(row.cell_id)}"
-        for row in rows
-        if sheet_key(row.cell_id).split("/")[1] in drawn
-    }
+    drawn = {f"sheets/{name}" for name in store.names("sheets")}
+    keys = {row.cell_id: sheet_key(row.cell_id) for row in rows}
+    sheets = {cell_id: f"../../../{key}" for cell_id, key in keys.items() if key in drawn}
     folder = store.local_path(f"runs/{run_id}/report")
     temporary = folder or Path(tempfile.mkdtemp(prefix="adgrid-report-"))
     files = write_report(temporary, rows, title=title, command=command, expected_cells=expected, contact_sheets=sheets)

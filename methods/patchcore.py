@@ -14,6 +14,8 @@ Differences from the paper and its code:
 - Patch features come out in fewer numbers where pooling would only repeat them (`methods.components.patches`), with
   the same distances; a projection to as many or more dimensions than the features have is left out.
 - Distances are exact differences, free of the cancellation that an index by inner products suffers for near matches.
+- Backbones with levels narrower than the paper's, such as EfficientNet-Lite0, average patches as anomalib does
+  (`aggregation: auto`): the official pooling would only repeat their numbers, nine positions side by side.
 - Starting points and projection are drawn per dataset, category, shots and seed, so that ratios of one seed are nested.
 
 To reach: image AUROC 99.2, pixel AUROC 98.1, AUPRO 94.4 (%) on MVTec AD with WideResNet50, layers 2 and 3, resize 256,
@@ -54,9 +56,10 @@ class Config:
     """Dimensions of the random projection for the coreset's distances; None for the features themselves."""
     num_starting_points: int = 10
     """Random patches whose mean distance stands in for the first centre of the coreset, >= 1."""
-    aggregation: Literal["official", "concat"] = "official"
+    aggregation: Literal["auto", "official", "concat"] = "auto"
     """`official`: patches are pooled to `embed_width`, levels together to `target_width` numbers. `concat`: each level
-    is averaged over the patch and the levels are laid end to end."""
+    is averaged over the patch and the levels are laid end to end. `auto`: official, but concat where some level is so
+    narrow that the official pooling would stretch it instead of averaging anything."""
     patch_size: int = 3
     """Side of the neighbourhood, odd, >= 1."""
     embed_width: int = 1024
@@ -78,8 +81,8 @@ class Config:
             raise ValueError(f"coreset_ratio must be in (0, 1], got {self.coreset_ratio}")
         if self.patch_size < 1 or self.patch_size % 2 == 0:
             raise ValueError(f"patch_size must be odd and positive, got {self.patch_size}")
-        if self.aggregation not in ("official", "concat"):
-            raise ValueError(f"aggregation must be 'official' or 'concat', got {self.aggregation!r}")
+        if self.aggregation not in ("auto", "official", "concat"):
+            raise ValueError(f"aggregation must be 'auto', 'official' or 'concat', got {self.aggregation!r}")
         if self.distance not in ("squared", "euclidean"):
             raise ValueError(f"distance must be 'squared' or 'euclidean', got {self.distance!r}")
         if self.projection is not None and self.projection < 1:
@@ -113,9 +116,12 @@ class PatchCore:
     def __init__(self, config: _Config, context: Context) -> None:
         self.config, self.context = config, context
         widths = [width for width, _, _ in context.level_shapes]
+        official = config.aggregation == "official" or (
+            config.aggregation == "auto" and min(widths) * config.patch_size**2 >= config.embed_width
+        )
         embedding = (
             pool_patches(widths, config.patch_size, config.embed_width, config.target_width)
-            if config.aggregation == "official"
+            if official
             else average_and_concatenate(widths, config.patch_size)
         )
         self.device = float64_device(context.device)
