@@ -120,14 +120,20 @@ CONTENDERS = {
 
 
 def prepare_anomalib() -> Any:
-    """Defines two operators that torchvision misses beside a torch of another build; they live as long as the result."""
+    """Where torchvision does not fit torch, defines the two operators it misses; they live as long as the result."""
     import torch
 
     torch.set_num_threads(1)
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for module in [name for name in sys.modules if name.startswith("torchvision")]:
+            del sys.modules[module]
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None
 
 
 def peak_mib() -> float:

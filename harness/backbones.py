@@ -33,6 +33,7 @@ from harness.taps import (
     fold_batch_norms,
     freeze_unused_parameters,
     run_to_taps,
+    survives_folding,
 )
 from harness.weights import find_weight_file, find_weights, load_weights, weights_fingerprint
 
@@ -255,16 +256,16 @@ def _place(network: nn.Module, device: torch.device | str) -> nn.Module:
 @lru_cache(maxsize=1)
 def _shared_network(
     resolved: ResolvedBackbone, image_size: tuple[int, int], device: str, fold: bool, file_state: tuple[int, int]
-) -> tuple[nn.Module, Mapping[str, str]]:
-    """A frozen network and its folded batch norms, kept for the next category, trial or choice of layers."""
-    network, folded = _build_network(resolved, image_size), {}
+) -> nn.Module:
+    """A frozen network, kept for the next category, trial or choice of layers."""
+    network = _build_network(resolved, image_size)
     if fold:
         example = torch.rand(1, 3, *image_size, generator=torch.Generator().manual_seed(0))
         try:
-            folded = fold_batch_norms(network, example)
+            fold_batch_norms(network, example)
         except RuntimeError:  # a network of an unusual kind runs as it is
             network = _build_network(resolved, image_size)
-    return _place(network.requires_grad_(False), device), folded
+    return _place(network.requires_grad_(False), device)
 
 
 class FrozenBackbone:
@@ -304,10 +305,9 @@ class FrozenBackbone:
         stat = os.stat(resolved.weights_path) if resolved.weights_path else None
         file_state = (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
         size = _build_size(resolved, image_size)
-        self._network, folded = _shared_network(resolved, size, str(self._device), True, file_state)
-        inside = tuple(f"{norm}." for norm in folded.values())
-        if any(layer in folded or layer.startswith(inside) for layer in self.layers):
-            self._network, _ = _shared_network(resolved, size, str(self._device), False, file_state)
+        example = torch.empty(1, 3, *size, device="meta")
+        fold = survives_folding(_meta_network(resolved, size), self.layers, example)
+        self._network = _shared_network(resolved, size, str(self._device), fold, file_state)
         self._pixel_norm = PixelNorm(resolved.mean, resolved.std).to(self._device)
 
     @torch.no_grad()

@@ -140,14 +140,14 @@ class PatchCore:
         num_patches = len(levels[0]) * levels[0].shape[2] * levels[0].shape[3]
         num_kept = max(1, int(num_patches * self.config.coreset_ratio))
         if num_kept == num_patches:
-            self.index = MemoryIndex(self._embed_all(levels, self.embedding, None))
+            self.index = MemoryIndex(self._embed_all(levels, self.embedding, None), self.config.num_neighbours)
             return
         coreset_features = self._embed_all(levels, self._coreset_embedding(), None)
         num_starts = min(num_patches, self.config.num_starting_points)
         starts = torch.randperm(num_patches, generator=self.context.generator("coreset"))[:num_starts]
         chosen = CORESETS.select(coreset_features, num_kept, starts)
         del coreset_features
-        self.index = MemoryIndex(self._embed_all(levels, self.embedding, chosen))
+        self.index = MemoryIndex(self._embed_all(levels, self.embedding, chosen), self.config.num_neighbours)
 
     def _coreset_embedding(self) -> PatchEmbedding:
         """Patch features as the coreset measures them."""
@@ -210,7 +210,7 @@ class PatchCore:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes over the memory bank of a method with the same configuration and level shapes."""
-        self.index = MemoryIndex(state["memory_bank"].to(self.device))
+        self.index = MemoryIndex(state["memory_bank"].to(self.device), self.config.num_neighbours)
 
 
 METHOD = PatchCore

@@ -21,8 +21,6 @@ GROUP = 64
 """Bank rows whose smallest bound is taken together, to find rows that are surely close."""
 PAIR_FLOATS = 2**20
 """Differences held at once, pairs times dimensions."""
-NUM_PROBED = 2
-"""Bank rows measured first for every query, to know how far the nearest can be."""
 AXES_SAMPLE = 4096
 """Bank rows from which the principal axes are computed, at most."""
 NUM_PROBES = 64
@@ -52,18 +50,19 @@ def nearest(queries: Tensor, memory_bank: Tensor, k: int = 1) -> tuple[Tensor, T
     """
     if queries.ndim != 2:
         raise ValueError(f"queries must be (Q, D), got shape {tuple(queries.shape)}")
-    return MemoryIndex(memory_bank, num_queries=len(queries)).nearest(queries, k)
+    return MemoryIndex(memory_bank, k, num_queries=len(queries)).nearest(queries, k)
 
 
 class MemoryIndex:
     """A memory bank prepared for searches."""
 
     @torch.no_grad()
-    def __init__(self, memory_bank: Tensor, num_queries: int | None = None) -> None:
+    def __init__(self, memory_bank: Tensor, k: int = 1, num_queries: int | None = None) -> None:
         """Prepares a bank.
 
         Args:
             memory_bank: (M, D) points, M and D > 0.
+            k: how many neighbours will mostly be asked for; others are found as well, only less fast.
             num_queries: how many queries will come in all; None for many. For few, principal axes do not pay.
         """
         if memory_bank.ndim != 2 or 0 in memory_bank.shape:
@@ -76,7 +75,7 @@ class MemoryIndex:
         self.axes: Tensor | None = None
         """(D, a) orthonormal float64 columns; None for all D coordinates as they are."""
         if width >= 64 and self.num_rows >= 1024 and (num_queries is None or num_queries >= 4 * width):
-            self.axes = self._choose_axes()
+            self.axes = self._choose_axes(k)
 
         # Where float32 products may be computed with fewer bits, screen in float64.
         exact_products = torch.get_float32_matmul_precision() == "highest"
@@ -113,13 +112,13 @@ class MemoryIndex:
             raise ValueError("queries must be finite, found NaN or infinity")
         bound = torch.cat([lead, torch.ones_like(lead[:, :1])], dim=1) @ self.bounds.T  # squared, less |q|^2
 
-        group = GROUP if self.num_rows >= GROUP * max(k, NUM_PROBED) else 1
+        group = GROUP if self.num_rows >= GROUP * 2 * k else 1
         groups = bound.unflatten(1, (-1, group))
         smallest = groups.amin(dim=2)
 
         # Bank rows that are likely the nearest: the first of each of the best groups. The k-th nearest of these is as
         # far as a wanted row can be.
-        num_probed = min(max(k, NUM_PROBED), self.num_rows)
+        num_probed = min(2 * k, self.num_rows)
         probed = smallest.topk(num_probed, dim=1, largest=False).indices
         inside = groups.gather(1, probed[:, :, None].expand(-1, -1, group)).argmin(dim=2)
         row = torch.arange(len(queries), device=queries.device).repeat_interleave(num_probed)
@@ -133,7 +132,8 @@ class MemoryIndex:
         reached = reached * (1 + (queries.shape[1] + 8) * torch.finfo(queries.dtype).eps)
         limit = (reached.double().square() - norm.square() + error).to(self.dtype)
         row, near = (smallest <= limit[:, None]).nonzero(as_tuple=True)
-        pair, inside = (groups[row, near] <= limit[row, None]).nonzero(as_tuple=True)
+        candidates = groups.flatten(0, 1).index_select(0, row * groups.shape[1] + near)
+        pair, inside = (candidates <= limit[row, None]).nonzero(as_tuple=True)
         row, column = row[pair], near[pair] * group + inside
         distance = self._measure(queries, row, column)
         kept = (distance <= reached[row]).nonzero()[:, 0]
@@ -163,12 +163,12 @@ class MemoryIndex:
         """(pairs,) distances between the paired queries and bank rows, by differences."""
         pairs = max(1, PAIR_FLOATS // queries.shape[1])
         pieces = [
-            torch.linalg.vector_norm(queries[r] - self.memory_bank[c], dim=1)
+            torch.linalg.vector_norm(queries.index_select(0, r) - self.memory_bank.index_select(0, c), dim=1)
             for r, c in zip(row.split(pairs), column.split(pairs), strict=True)
         ]
         return torch.cat(pieces)
 
-    def _choose_axes(self) -> Tensor | None:
+    def _choose_axes(self, k: int) -> Tensor | None:
         """(D, a) principal axes, as many as make searches cheapest, or None for all coordinates as they are.
 
         Few axes make the product cheap, many make its bounds tight. How many pairs are left to measure is counted for
@@ -178,7 +178,7 @@ class MemoryIndex:
         sample = self.memory_bank[:: -(-self.num_rows // AXES_SAMPLE)].double() - self.shift
         axes = torch.linalg.eigh(sample.T @ sample).eigenvectors.flip(1)
         some = self.memory_bank[:: -(-self.num_rows // NUM_PROBES)]
-        to_neighbour = torch.cdist(some, self.memory_bank).topk(2, largest=False).values[:, 1:]
+        to_neighbour = torch.cdist(some, self.memory_bank).topk(min(k + 1, self.num_rows), largest=False).values[:, -1:]
         probes, sample = (some.double() - self.shift) @ axes, sample @ axes
 
         costs = {width: float(self.num_rows * width)}
