@@ -183,7 +183,7 @@ class _Selection:
         largest = self.bound.topk(min(num_points, self.num_candidates + 1))
         outside = -1.0 if everyone else float(largest.values[-1])
         indices = largest.indices[: self.num_candidates].sort().values  # the lowest index is the first row
-        rows = self._centred(self.points[indices])
+        rows = self._centred(self.points.index_select(0, indices))
         bound = self._refresh(rows, self.bound[indices], self.num_seen[indices])
 
         norms = rows.square().sum(dim=1)
@@ -232,7 +232,8 @@ class _Selection:
             limit = smallest[improved] + 2 * error[some] - norms[some]
             row, centre = (screened <= limit[:, None]).nonzero(as_tuple=True)
             for r, c in zip(row.split(4096), centre.split(4096), strict=True):
-                exact = (rows[some[r]] - self._centred(self.points[self.order[oldest + c]])).square().sum(dim=1)
+                centres = self._centred(self.points.index_select(0, self.order[oldest + c]))
+                exact = (rows.index_select(0, some[r]) - centres).square().sum(dim=1)
                 bound.scatter_reduce_(0, some[r], exact, "amin")
         return bound
 

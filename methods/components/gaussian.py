@@ -261,7 +261,7 @@ def _mean(level: Tensor) -> Tensor:
 
 def _deviation(level: Tensor, mean: Tensor, at: Tensor) -> Tensor:
     """(P, D, B) float64 features minus mean at some positions of a (B, D, h, w) level."""
-    return (level.flatten(2)[:, :, at].double() - mean[:, at]).permute(2, 1, 0).contiguous()
+    return (level.flatten(2).index_select(2, at).double() - mean[:, at]).permute(2, 1, 0).contiguous()
 
 
 def _empty(*shape: int, device: torch.device) -> Tensor:
