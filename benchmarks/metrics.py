@@ -140,11 +140,10 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def serve(name: str, path: Path) -> None:
+def serve(name: str, folder: Path) -> None:
     """Runs one contender each time a line comes in; answers with one line of JSON."""
     kept = prepare_anomalib() if name == "anomalib" else None
-    with np.load(path) as file:
-        maps, masks = file["maps"], file["masks"]
+    maps, masks = np.load(folder / "maps.npy"), np.load(folder / "masks.npy")
     CONTENDERS[name](maps[:2], masks[:2])  # imports and first calls
     base = peak_mib()
     for _ in sys.stdin:
@@ -155,12 +154,12 @@ def serve(name: str, path: Path) -> None:
     del kept
 
 
-def measure(pythons: dict[str, str], path: Path, rounds: int) -> dict[str, list[dict]]:
+def measure(pythons: dict[str, str], folder: Path, rounds: int) -> dict[str, list[dict]]:
     """Answers of every contender, asked in turn, once a round."""
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = {
-        name: subprocess.Popen([python, __file__, "--serve", name, str(path)], env=quiet, **pipes)
+        name: subprocess.Popen([python, __file__, "--serve", name, str(folder)], env=quiet, **pipes)
         for name, python in pythons.items()
     }
     answers: dict[str, list[dict]] = {name: [] for name in workers}
@@ -231,9 +230,9 @@ def main() -> None:
     if options.anomalib_python:
         pythons["anomalib"] = options.anomalib_python
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "maps.npz")
-        np.savez(path, maps=maps, masks=masks)
-        answers = measure(pythons, path, options.rounds)
+        np.save(Path(folder, "maps.npy"), maps)
+        np.save(Path(folder, "masks.npy"), masks)
+        answers = measure(pythons, Path(folder), options.rounds)
     summary = {
         "maps": options.maps,
         "size": options.size,

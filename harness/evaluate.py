@@ -6,17 +6,17 @@ A fresh cell and one that is re-scored later both come through here, so their nu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harness.contracts import EvaluationProtocol, Preprocessing, Sample
-from harness.datasets.images import load_mask
+from harness.contracts import EvaluationProtocol
 from harness.maps import full_resolution, reduce_maps
 from harness.metrics import PixelMetrics, image_metrics
 from harness.store import StoredPrediction
+from harness.truth import Truth
 
 CHUNK = 32
 """Maps at full resolution held at once."""
@@ -35,49 +35,46 @@ class Evaluation:
 
 def evaluate(
     prediction: StoredPrediction,
-    test: tuple[Sample, ...],
-    has_masks: bool,
+    label: Sequence[int],
+    truth: Truth | None,
     protocol: EvaluationProtocol,
-    preprocessing: Preprocessing,
     own_score: bool,
 ) -> Evaluation:
     """Metrics of one category.
 
     Args:
-        prediction: raw maps and scores in the order of `test`.
-        test: the test images with their labels and masks.
-        has_masks: False leaves pixel metrics out: they are not available.
+        prediction: raw maps and scores of the test images.
+        label: (N,) 1 = anomalous, in the same order.
+        truth: their masks; None leaves pixel metrics out: they are not available.
         protocol: resolved, no field left to method or backbone.
-        preprocessing: what was done to the images, so that masks follow.
         own_score: keep the method's own image score where it gives one; False reduces the map for every method.
 
     Raises:
         MetricError: one-class test set, scores that are not finite, no defective pixel.
-        AdgridError: a mask that cannot be read or has another size than its image.
     """
     maps = torch.from_numpy(np.array(prediction.anomaly_maps))
-    if len(maps) != len(test):
-        raise ValueError(f"{len(maps)} predictions for {len(test)} test images")
-    scores = prediction.image_scores if own_score else None
-    masks = [torch.from_numpy(load_mask(sample, preprocessing)) for sample in test] if has_masks else []
+    if len(maps) != len(label):
+        raise ValueError(f"{len(maps)} predictions for {len(label)} test images")
+    scores, reduction = prediction.image_scores if own_score else None, protocol.score_reduction
+    assert reduction != "method"
 
-    def chunks() -> Iterator[tuple[Tensor, Tensor | None]]:
+    def chunks() -> Iterator[Tensor]:
         for start in range(0, len(maps), CHUNK):
-            rows = full_resolution(maps[start : start + CHUNK], preprocessing.image_size, float(protocol.smoothing))
-            yield rows, torch.stack(masks[start : start + CHUNK]) if has_masks else None
+            yield full_resolution(maps[start : start + CHUNK], protocol.image_size, float(protocol.smoothing))
 
-    pixel = PixelMetrics(aupro_limit=protocol.aupro_limit)
-    reduced = []
-    for rows, truth in chunks() if has_masks or scores is None else ():
-        if truth is not None:
-            pixel.update(rows, truth)
-        if scores is None:
-            reduced.append(reduce_maps(rows, protocol.score_reduction))  # type: ignore[arg-type]
+    def chunks_with_truth(truth: Truth) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
+        for number, rows in enumerate(chunks()):
+            regions = truth.regions(number * CHUNK, number * CHUNK + len(rows))
+            yield rows, regions != 0, regions
+
     if scores is None:
-        scores = torch.cat(reduced).numpy()
-    metrics = image_metrics(scores, np.array([sample.label for sample in test]))
+        scores = torch.cat([reduce_maps(rows, reduction) for rows in chunks()]).numpy()
+    metrics = image_metrics(scores, np.array(label))
     bounds: dict[str, float] = {}
-    if has_masks:
-        for name, value in pixel.compute(replay=chunks).items():
+    if truth is not None:
+        pixel = PixelMetrics(aupro_limit=protocol.aupro_limit)
+        for batch in chunks_with_truth(truth):
+            pixel.update(*batch)
+        for name, value in pixel.compute(replay=lambda: chunks_with_truth(truth)).items():
             (bounds if name.endswith("_bound") else metrics)[name.removesuffix("_bound")] = value
     return Evaluation(metrics=metrics, bounds=bounds, image_scores=scores)

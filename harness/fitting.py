@@ -55,7 +55,9 @@ class FittedMethod:
         self._encoder: FrozenBackbone | None = None
         self._meter = Meter(self._device)
         self._extracted = 0
-        self._features = FeatureStore(settings.places.cache_dir, int(settings.cache_gib * 2**30))
+        self._features = FeatureStore(
+            settings.places.cache_dir, int(settings.cache_gib * 2**30), on_note=lambda text: self._notify(text, 0, 1)
+        )
         seeded = (trial.dataset.name, *data, trial.shots, trial.seed)
         backbone, size = resolved.backbone, resolved.preprocessing.image_size
         context = Context(

@@ -219,8 +219,9 @@ class PixelMetrics:
                 error = np.add.reduceat(result.error, starts)
                 factor = np.sqrt(error / slots) * np.sqrt(error * slots).sum() / (0.8 * TOLERANCE)
             else:
+                # The best F1 hangs on single pixels, and on those of few bins.
                 error = np.maximum.reduceat(result.error, starts)
-                factor = error / (0.8 * TOLERANCE)
+                factor = np.where(error > TOLERANCE, 1 << _LOW_BITS, 0)
             # A bin that is split again was not spread evenly; at least four-fold, it is soon resolved.
             wanted = np.maximum(wanted, np.where(factor > 1, slots * np.maximum(factor, np.where(slots > 1, 4, 1)), 0))
             weight = np.maximum(weight, error / result.bound)

@@ -23,12 +23,11 @@ from harness.contracts import (
     Trial,
 )
 from harness.datasets.fingerprint import content_hashes, draw_shots
+from harness.feature_store import FEATURES_VERSION
 from harness.identity import content_id, images_fingerprint, truth_fingerprint
 from harness.metrics import METRIC_VERSION
 from harness.registry import build_config, load_dataset_class, load_method, method_version
 
-FEATURES_VERSION = 1
-"""Raised when decoding, resizing or extraction moves the numbers; enters every prediction id."""
 PAPER_IMAGE_SIDE = 224
 """Pixels at which the methods' smoothing sigmas are given."""
 

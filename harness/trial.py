@@ -15,6 +15,7 @@ from harness.resolve import CategoryData, ResolvedTrial, identify_cells, open_da
 from harness.rows import finished_row, unfinished_row
 from harness.sheets import publish_sheet
 from harness.store import Store, StoredPrediction
+from harness.truth import load_truth
 
 MAX_ATTEMPTS = 2
 """How often a cell is started in one run; a cell whose worker died each time is a failed row, not tried for ever."""
@@ -115,7 +116,10 @@ def score_cell(
     """Metrics of one cell as a row; image scores and a contact sheet are saved beside it for reports."""
     start = time.perf_counter()
     own_score = resolved.trial.protocol.score_reduction == "method"
-    result = evaluate(prediction, data.test, data.has_masks, resolved.protocol, resolved.preprocessing, own_score)
+    truth = None
+    if data.has_masks:
+        truth = load_truth(data.test, data.truth_id, resolved.preprocessing, settings.places.cache_dir)
+    result = evaluate(prediction, [sample.label for sample in data.test], truth, resolved.protocol, own_score)
     columns = {
         "path": [sample.path for sample in data.test],
         "mask_path": [sample.mask_path for sample in data.test],

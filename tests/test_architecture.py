@@ -11,7 +11,7 @@ LAYERS = [
     ["contracts"],
     ["registry", "identity", "measure", "maps", "metrics", "store", "datasets"],
     ["taps", "backbone_table", "weights", "backbones", "feature_store", "image_split", "features", "training"],
-    ["matrices", "tables", "figures", "resolve", "evaluate", "rows", "fitting", "sheets"],
+    ["matrices", "tables", "figures", "truth", "resolve", "evaluate", "rows", "fitting", "sheets"],
     ["trial"],
     ["space", "plan", "progress"],
     ["sweep", "report", "tracking"],

@@ -262,3 +262,21 @@ def test_a_category_that_another_trial_extracts_is_taken_last(run, monkeypatch):
     assert list(run()) == ["middle", "small", "large"]
     monkeypatch.setattr("harness.trial.is_being_extracted", lambda resolved, category, settings: True)
     assert list(run(overrides=["methods.toy_features.params.scale=2.0"])) == ["large", "middle", "small"]
+
+
+def test_masks_are_read_and_labelled_once(run, parts, monkeypatch):
+    from harness import truth
+
+    labelled = []
+    label_regions = truth.label_regions
+    monkeypatch.setattr(truth, "label_regions", lambda mask: (labelled.append(1), label_regions(mask))[1])
+    first = run(FOLDER)
+    assert len(labelled) == 4  # both categories have the same four masks
+    second = run(FOLDER, overrides=["methods.toy_features.params.scale=2.0"])
+    assert len(labelled) == 4
+    assert second["nut"].metrics["aupro"] == pytest.approx(first["nut"].metrics["aupro"], abs=1e-6)
+    for path in (Path(run.places.cache_dir) / "truth").iterdir():
+        path.write_bytes(b"damaged")
+    third = run(FOLDER, overrides=["protocol.aupro_limit=0.2"])
+    assert len(labelled) == 8
+    assert third["nut"].status == "ok"

@@ -87,6 +87,7 @@ def extend_coreset(
     Args and errors as for `greedy_coreset`. A `state` of None starts afresh; one with `num` choices or more is
     returned as it is.
     """
+    start = start if isinstance(start, Tensor) else int(start)
     _check(features, num, start)
     if state is not None and len(state.order) >= num:
         return state
@@ -134,7 +135,7 @@ class _Selection:
 
         # Centring makes norms, and with them rounding errors of the products, as small as they can be. bfloat16 keeps
         # a shift of a few bits, so that points on a grid stay on one and their ties stay exact.
-        self.shift = points.mean(dim=0).bfloat16().to(points.dtype)
+        self.shift = points.mean(dim=0, dtype=torch.float64).bfloat16().double()
         self.screen_dtype = _screen_dtype(points)
         self.centres = torch.empty(num, width + 1, dtype=self.screen_dtype, device=points.device)
         norms = torch.cat([self._centred(rows).square().sum(dim=1) for rows in points.split(_rows_at_once(width))])
@@ -157,7 +158,7 @@ class _Selection:
 
     def _centred(self, rows: Tensor) -> Tensor:
         """(..., D) rows as float64, minus the shift; exact."""
-        return rows.double() - self.shift.double()
+        return rows.double() - self.shift
 
     def _starting_bound(self, start: int | Tensor) -> Tensor:
         """(N,) squared distance to the first centre, or squared mean distance to the starting points."""
@@ -214,7 +215,7 @@ class _Selection:
         queries = torch.cat([rows, ones], dim=1).to(self.screen_dtype)
         norms = rows.square().sum(dim=1)
         # |fl(a.b) - a.b| <= n u |a||b| for n terms and unit roundoff u (Higham 2002, eq. 3.5), and rounding the
-        # operands costs as much as one more term each.
+        # operands costs as much as a few terms more.
         unit = torch.finfo(self.screen_dtype).eps / 2
         error = (2 * (rows.shape[1] + 4) * unit) * (norms.sqrt() + self.largest_norm) ** 2
         bound = bound.clone()

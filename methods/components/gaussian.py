@@ -2,7 +2,7 @@
 
 At each position of the finest grid the features of all levels, coarser ones repeated to their nearest neighbours,
 have mean mu and covariance Sigma = sample covariance + epsilon I. The distance of y is
-sqrt((y - mu)^T Sigma^-1 (y - mu)). No inverse is formed; two equal forms are chosen by what they cost in memory:
+sqrt((y - mu)^T Sigma^-1 (y - mu)). No inverse is formed; there are two forms, equal but in cost:
 
 - `CholeskyGaussians`: Sigma = L L^T, distance |L^-1 (y - mu)|. Coarse features are the same at all fine positions that
   repeat them. With the coarse features first, the leading rows of L belong to the coarse position alone, so they are
@@ -30,20 +30,18 @@ CHUNK_FLOATS = 2**22
 
 
 def fit_gaussians(levels: Sequence[Tensor], epsilon: float) -> CholeskyGaussians | SampleGaussians:
-    """Fits a Gaussian to every position, in the smaller of the two forms.
+    """Fits a Gaussian to every position, in the form that has fewer numbers to go through for a prediction.
 
     Args:
         levels: (N, D_l, h_l, w_l) training features per level, finest grid first; N >= 1. One image has no spread,
             its sample covariance counts as zero.
         epsilon: added to the diagonal of each covariance, > 0.
     """
-    num_images = len(levels[0])
+    num_images, widths = len(levels[0]), [level.shape[1] for level in levels]
     layout = Layout([level_grid(level) for level in levels], levels[0].device)
-    widths = [level.shape[1] for level in levels]
-    if num_images < sum(widths):
-        sample_bytes = 8 * layout.counts[0] * num_images**2 + sum(4 * level.numel() for level in levels)
-        if sample_bytes < 8 * CholeskyGaussians.count_floats(layout, widths):
-            return SampleGaussians.fit(levels, epsilon)
+    touched = layout.counts[0] * num_images * (num_images + sum(widths))
+    if num_images < sum(widths) and touched < CholeskyGaussians.count_floats(layout, widths):
+        return SampleGaussians.fit(levels, epsilon)
     return CholeskyGaussians.fit(levels, epsilon)
 
 
@@ -135,10 +133,8 @@ class CholeskyGaussians:
             for level in reversed(range(len(levels))):
                 at = positions[level]
                 deviation = _deviation(levels[level], mean[level], layout.source[level][at])
-                block_cross = (
-                    torch.bmm(_siblings(deviation, above), above.mT).view(len(at), widths[level], above.shape[1])
-                    * scale
-                )
+                block_cross = scale * torch.bmm(_siblings(deviation, above), above.mT)
+                block_cross = block_cross.view(len(at), widths[level], above.shape[1])
                 covariance = torch.bmm(deviation, deviation.mT) * scale
                 covariance.diagonal(dim1=1, dim2=2).add_(epsilon)
                 covariance.baddbmm_(block_cross, block_cross.mT, alpha=-1)  # Schur complement

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from reference.coreset import plain_coreset
@@ -59,6 +60,11 @@ def test_reduced_precision_products_do_not_change_the_choices(small_rounds, monk
     points = clustered(1000)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
     assert greedy_coreset(points, 300).tolist() == plain_coreset(points, 300).tolist()
+
+
+def test_half_precision_features_and_a_numpy_start():
+    points = clustered(300).half()
+    assert greedy_coreset(points, 50, start=np.int64(3)).tolist() == plain_coreset(points, 50, start=3).tolist()
 
 
 def test_order_is_nested(small_rounds):

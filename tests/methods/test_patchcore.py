@@ -28,6 +28,7 @@ def all_of(levels):
 
 CONFIGS = [
     Config(),
+    Config(aggregation="official"),
     Config(aggregation="concat", distance="euclidean"),
     Config(num_neighbours=3, patch_size=5, coreset_ratio=0.5),
     Config(reweighting=True, projection=None, coreset_ratio=0.5),
@@ -87,6 +88,16 @@ def test_official_form_equals_its_steps_one_by_one():
     torch.testing.assert_close(method.state_dict()["memory_bank"], bank, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(prediction.anomaly_map.double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(prediction.image_score.double(), expected.amax(dim=(1, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_narrow_levels_are_averaged_and_wide_ones_pooled():
+    def embedding_width(config, widths):
+        return PatchCore(config, toy_context(shapes=[(width, 4, 4) for width in widths])).embedding.width
+
+    assert embedding_width(Config(), (40, 114)) == 154  # 40 * 9 numbers would be stretched to 1024
+    assert embedding_width(Config(), (114, 128)) == 1024
+    assert embedding_width(Config(embed_width=64, target_width=48), (8, 8)) == 48
+    assert embedding_width(Config(aggregation="concat"), (114, 128)) == 242
 
 
 def test_reweighting_equals_equation_7_written_out():
