@@ -34,5 +34,7 @@ def test_numbers_are_the_pinned_ones(tmp_path, places, request):
     pinned = json.loads(GOLDEN.read_text())
     assert found.keys() == pinned.keys()
     for cell, metrics in pinned.items():
-        # Other processors round convolutions differently; a wrong seed, level or formula moves far more than this.
-        assert found[cell] == pytest.approx(metrics, abs=5e-3), cell
+        for name, value in metrics.items():
+            # Other processors round convolutions differently: a pair of the 48 images may change places.
+            allowed = 2e-2 if name.startswith("image") else 5e-3
+            assert found[cell][name] == pytest.approx(value, abs=allowed), (cell, name)
