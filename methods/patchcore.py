@@ -42,7 +42,7 @@ METHOD_VERSION = 1
 FLOATS_AT_ONCE = 2**23
 """Patch features held at once besides the coreset's, 32 MiB."""
 
-CORESETS = CoresetCache()
+CORESETS = CoresetCache(capacity=32)
 """Shared by the cells of a process: other ratios, neighbours or scores reuse a selection."""
 
 

@@ -280,3 +280,20 @@ def test_masks_are_read_and_labelled_once(run, parts, monkeypatch):
     third = run(FOLDER, overrides=["protocol.aupro_limit=0.2"])
     assert len(labelled) == 8
     assert third["nut"].status == "ok"
+
+
+def test_a_grid_over_ratios_and_seeds_costs_one_extraction_and_one_coreset_order_per_seed(run):
+    from methods.patchcore import CORESETS
+
+    space = SPACE.replace("[toy_features]", "[padim, {name: patchcore, params: {coreset_ratio: [0.05, 0.2, 0.1]}}]")
+    before = CORESETS.num_chosen
+    rows = []
+    plan = run.plan(space + "seeds: [0, 1]\ncategories: [small]\n")
+    settings = run.settings(plan)
+    for trial in plan.trials:
+        rows += run_trial(trial, settings)
+    assert len(rows) == 2 * (1 + 3)
+    assert {row.status for row in rows} == {"ok"}, [row.reason for row in rows]
+    assert sum(row.costs["extracted_images"] for row in rows) == 14
+    num_patches = 6 * 8 * 8  # six training images, 8 x 8 patches at stride 8
+    assert CORESETS.num_chosen - before == 2 * int(0.2 * num_patches)
