@@ -1,11 +1,10 @@
 """Image and pixel metrics: exact, or exact to a bound that is returned with the number.
 
-Image metrics sort the few scores there are, and so do pixel metrics up to a few million pixels. Beyond these no pixel
-is held. The bit patterns of float32 numbers, read as integers, are ordered as the numbers are (once those of negative
-numbers are flipped), so a histogram over their upper 20 bits needs no range, adds up over batches, workers and nodes,
-and orders all scores but those that share a bin. From it each metric follows with the largest error that any order
-inside the bins could cause. A second pass over the same maps splits only the bins that carry this error, by the lower
-12 bits.
+Image metrics sort the few scores there are. Pixel metrics never hold the pixels. The bit patterns of float32 numbers,
+read as integers, are ordered as the numbers are (once those of negative numbers are flipped), so a histogram over
+their upper 20 bits needs no range, adds up over batches, workers and nodes, and orders all scores but those that
+share a bin. From it each metric follows with the largest error that any order inside the bins could cause. A second
+pass over the same maps splits only the bins that carry this error, by the lower 12 bits.
 
 Ties count as in scikit-learn: AUROC joins them by a straight line, average precision and F1 take them at once.
 
@@ -105,36 +104,37 @@ def label_regions(mask: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         (H, W) int32 labels, 0 outside and 1..R inside, and (R,) int64 areas in pixels.
     """
-    labels, num_regions = ndimage.label(_to_numpy(mask) != 0, structure=np.ones((3, 3), dtype=bool))
-    return labels, np.bincount(labels.ravel(), minlength=num_regions + 1)[1:]
+    defect = _to_numpy(mask) != 0
+    labels = np.zeros(defect.shape, dtype=np.int32)
+    rows, columns = np.flatnonzero(defect.any(axis=1)), np.flatnonzero(defect.any(axis=0))
+    if not len(rows):
+        return labels, np.zeros(0, dtype=np.int64)
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)  # most defects are small
+    ndimage.label(defect[box], structure=np.ones((3, 3), dtype=bool), output=labels[box])
+    return labels, np.bincount(labels[box].ravel(), minlength=2)[1:]
 
 
 class PixelMetrics:
-    """Pixel AUROC, AP, F1-max and AUPRO of any number of maps in bounded memory.
+    """Pixel AUROC, AP, F1-max and AUPRO of any number of maps in constant memory (24 MiB; pickled, a small part of it).
 
-    Scores are held until they are more than `hold_pixels`, at about five bytes each, and the metrics are exact. Beyond,
-    they are counted in a histogram (24 MiB) and each metric has a bound. Counts are integers and the weights 1/area are
-    float64, so neither the order and size of the batches nor the number of workers changes more than the last digits
-    (1e-12). Workers read their own maps and `merge`. Where the maps are spread over workers too, `plan_refinement` on
-    the merged object, `Refinement.update` on every worker's own maps, `Refinement.merge` and `refine` do together what
-    `compute(replay)` does alone. All of these can be pickled.
+    Counts are integers and the weights 1/area are float64, so neither the order and size of the batches nor the number
+    of workers changes more than the last digits (1e-12). Workers count their own maps and `merge`. Where the maps are
+    spread over workers too, `plan_refinement` on the merged object, `Refinement.update` on every worker's own maps,
+    `Refinement.merge` and `refine` do together what `compute(replay)` does alone.
     """
 
-    def __init__(self, aupro_limit: float = 0.3, hold_pixels: int = 1 << 23) -> None:
-        """Args: AUPRO's false-positive limit, in (0, 1]; pixels held one by one (default: 167 maps of 224 x 224)."""
+    def __init__(self, aupro_limit: float = 0.3) -> None:
+        """Args: aupro_limit, the false-positive rate up to which AUPRO integrates, in (0, 1]."""
         if not 0 < aupro_limit <= 1:
             raise MetricError(f"aupro_limit must be in (0, 1], got {aupro_limit}")
         self.aupro_limit = aupro_limit
-        self.hold_pixels = hold_pixels
-        self._num_pixels = 0
-        self._held: list[_Pixels] = []
         self._histogram = _Histogram(_NUM_BINS)
         self._refined: _Intervals | None = None
 
     def update(
         self, anomaly_map: np.ndarray | Tensor, mask: np.ndarray | Tensor, regions: np.ndarray | Tensor | None = None
     ) -> None:
-        """Takes in a batch. What was refined before is forgotten.
+        """Counts the pixels of a batch. What was refined before is forgotten.
 
         Args:
             anomaly_map: (B, H, W) or (H, W), higher = more anomalous; read as float32, from any device in one copy.
@@ -144,30 +144,16 @@ class PixelMetrics:
         Raises:
             MetricError: shapes differ, a score is NaN or infinite, or regions and mask disagree.
         """
-        batch = _read_pixels(anomaly_map, mask, regions)
-        if self._num_pixels + len(batch.keys) <= self.hold_pixels:
-            batch = batch._replace(keys=batch.keys.copy())  # until now the caller's memory
-        self._add(len(batch.keys), [batch])
+        self._histogram.add(_read_pixels(anomaly_map, mask, regions), _bin_of)
+        self._refined = None
 
     def merge(self, other: PixelMetrics) -> PixelMetrics:
-        """Adds the pixels of another worker to these and returns self. Raises MetricError if the settings differ."""
-        if (other.aupro_limit, other.hold_pixels) != (self.aupro_limit, self.hold_pixels):
-            raise MetricError(
-                f"cannot merge AUPRO limits {self.aupro_limit} and {other.aupro_limit} "
-                f"with {self.hold_pixels} and {other.hold_pixels} pixels held"
-            )
+        """Adds the counts of another worker to these and returns self. Raises MetricError if the limits differ."""
+        if other.aupro_limit != self.aupro_limit:
+            raise MetricError(f"cannot merge AUPRO limits {self.aupro_limit} and {other.aupro_limit}")
         self._histogram.merge(other._histogram)
-        self._add(other._num_pixels, other._held)
-        return self
-
-    def _add(self, num_pixels: int, batches: list[_Pixels]) -> None:
         self._refined = None
-        self._num_pixels += num_pixels
-        self._held = [*self._held, *batches]
-        if self._num_pixels > self.hold_pixels:
-            for batch in self._held:
-                self._histogram.add(batch, _bin_of)
-            self._held = []
+        return self
 
     def compute(self, replay: Callable[[], Iterable[tuple[Any, ...]]] | None = None) -> dict[str, float]:
         """The four metrics, each with the largest error that it can have.
@@ -207,15 +193,12 @@ class PixelMetrics:
     def _intervals(self) -> _Intervals:
         if self._refined is not None:
             return self._refined
-        if self._held:
-            return _Intervals.sort(self._held)
         occupied = np.flatnonzero(self._histogram.pixels != 0)[::-1]
         return _Intervals.count(self._histogram, occupied, occupied, np.full(len(occupied), _LOW_BITS))
 
     def _results(self) -> dict[str, _Result]:
         """The metrics and, per interval, what its unknown inner order may change."""
-        intervals = self._intervals()
-        num_regions = self._histogram.num_regions + sum(batch.num_regions for batch in self._held)
+        intervals, num_regions = self._intervals(), self._histogram.num_regions
         num_defect = int(intervals.defect.sum())
         _check_both_classes("pixel", "defective", int(intervals.normal.sum()), num_defect)
         exact = intervals.shift <= self._histogram.num_unused_bits()
@@ -269,11 +252,12 @@ class Refinement:
         # One more slot, the last, takes the pixels of all other bins. The tables begin one bin before the first and
         # end one after the last of those to be split, and stand for all bins beyond as well.
         self._histogram = _Histogram(num_slots + 1)
-        self._table_start = self._bins[0] - 1
-        self._shift_table = np.full(self._bins[-1] - self._bins[0] + 3, _LOW_BITS, dtype=np.int32)
-        self._shift_table[self._bins - self._table_start] = self._shift
-        self._slot_table = np.full(len(self._shift_table), num_slots)
-        self._slot_table[self._bins - self._table_start] = self._first_slot
+        place = self._bins - self._bins[0] + 1
+        self._table_start = self._bins[0] - 1 - _NUM_BINS // 2
+        self._shift_table = np.full(place[-1] + 2, _LOW_BITS, dtype=np.int32)
+        self._shift_table[place] = self._shift
+        self._slot_table = np.full(place[-1] + 2, num_slots, dtype=np.int32)
+        self._slot_table[place] = self._first_slot
 
     def __getstate__(self) -> tuple[np.ndarray, np.ndarray, _Histogram]:
         return self._bins, self._shift, self._histogram
@@ -296,9 +280,11 @@ class Refinement:
         return self
 
     def _slot_of(self, keys: np.ndarray) -> np.ndarray:
-        place = _bin_of(keys) - self._table_start
-        low = (keys & ((1 << _LOW_BITS) - 1)) >> self._shift_table.take(place, mode="clip")
-        return low + self._slot_table.take(place, mode="clip")
+        place = (keys >> _LOW_BITS) - self._table_start
+        slots = keys & ((1 << _LOW_BITS) - 1)
+        slots >>= self._shift_table.take(place, mode="clip")
+        slots += self._slot_table.take(place, mode="clip")
+        return slots
 
     def _agrees_with(self, first: _Histogram) -> bool:
         """Whether the pixels are those of a first pass, as far as both can tell."""
@@ -373,7 +359,7 @@ class _Histogram:
 
 @dataclass(frozen=True, kw_only=True)
 class _Intervals:
-    """Disjoint ranges of scores, the highest first: I of them, each inside one bin where they come from a histogram."""
+    """Disjoint ranges of scores that hold pixels, the highest first: I of them, each inside one bin."""
 
     bin: np.ndarray
     shift: np.ndarray
@@ -383,36 +369,6 @@ class _Intervals:
     weight: np.ndarray
     last: np.ndarray
     """Most normal pixels that can share the lowest of their scores."""
-
-    @classmethod
-    def sort(cls, batches: list[_Pixels]) -> _Intervals:
-        """One range for every score of a defective pixel, and one for the normal pixels between two of them."""
-        keys = np.concatenate([batch.keys for batch in batches])
-        defects = np.concatenate([batch.keys[batch.defect_at] for batch in batches])
-        weights = np.concatenate([batch.weights for batch in batches])
-        keys.sort()
-        order = np.argsort(defects)
-        defects = defects[order]
-        first = np.flatnonzero(np.diff(defects, prepend=defects[:1] - 1) != 0)
-        left = np.searchsorted(keys, defects[first], side="left")
-        right = left + 1
-        more = np.flatnonzero(keys[np.minimum(right, len(keys) - 1)] == defects[first])
-        right[more] = np.searchsorted(keys, defects[first[more]], side="right")
-
-        start, end = np.append(0, right), np.append(left, len(keys))  # normal pixels below and above each of the scores
-        lowest = keys[np.minimum(start, len(keys) - 1)]
-        size = 2 * len(first) + 1
-        normal, defect, weight, last = (np.zeros(size, dtype) for dtype in (np.int64, np.int64, np.float64, np.int64))
-        normal[::2], normal[1::2] = end - start, right - left
-        defect[1::2] = np.diff(first, append=len(defects))
-        normal -= defect
-        weight[1::2] = np.add.reduceat(weights[order], first) if len(first) else 0
-        last[1::2] = normal[1::2]
-        last[::2] = np.minimum(normal[::2], np.searchsorted(keys, lowest, side="right") - start)
-        exact = np.zeros(size, dtype=np.int64)
-        return cls(
-            bin=exact, shift=exact, normal=normal[::-1], defect=defect[::-1], weight=weight[::-1], last=last[::-1]
-        )
 
     @classmethod
     def count(cls, histogram: _Histogram, slots: np.ndarray, bins: np.ndarray, shift: np.ndarray) -> _Intervals:
@@ -457,51 +413,38 @@ def _rank_metrics(normal: np.ndarray, defect: np.ndarray, exact: np.ndarray) -> 
         defect: (I,) defective ones.
         exact: (I,) whether the interval holds a single score.
     """
+    size = len(normal)
     # Only intervals with defects add to a metric; what lies above them are the false and true positives.
     place = np.flatnonzero(defect > 0)
+    known = np.flatnonzero(exact[place])
     num_normal, num_defect = float(normal.sum()), float(defect.sum())
     counts = np.cumsum(normal) - normal, np.cumsum(defect) - defect, normal, defect
-    unsure = np.flatnonzero(~exact[place])
-    every = _Ranks(*(count[place].astype(np.float64) for count in counts))
-    some = _Ranks(*(count[unsure] for count in every))
+    false, true, normal, defect = (count[place].astype(np.float64) for count in counts)
 
-    def spread(errors: np.ndarray) -> np.ndarray:
-        return np.bincount(place[unsure], errors, minlength=len(normal))
+    def add_up(terms: np.ndarray, error: np.ndarray) -> _Result:
+        error[known] = 0
+        return _Result(float(terms.sum()), float(error.sum()), np.bincount(place, error, minlength=size))
 
-    below = num_normal - every.false - every.normal / 2
-    auroc = float((every.defect * below).sum()) / num_normal / num_defect
-    auroc_error = some.defect * (some.normal / 2 / num_normal / num_defect)
+    share = defect / num_defect
+    auroc = add_up(share * ((num_normal - false - normal / 2) / num_normal), share * (normal / 2 / num_normal))
 
-    terms = every.precision(every.defect, every.normal)
+    def precision(found: np.ndarray, normals_taken: np.ndarray | int) -> np.ndarray:
+        return found / (found + false + normals_taken)
+
+    all_found = true + defect
+    after = precision(all_found, normal)
+    estimate = precision(true + (defect + 1) / 2, normal / 2)
     # Precision is concave in the defects found, so its mean is at least that of the first and the last of them.
-    least = (some.precision(1, some.normal) + terms[unsure]) / 2
-    terms[unsure] = estimate = some.precision((some.defect + 1) / 2, some.normal / 2)
-    ap = float((terms * every.defect).sum()) / num_defect
-    ap_error = np.maximum(some.precision(some.defect, 0) - estimate, estimate - least) * (some.defect / num_defect)
+    error = np.maximum(precision(all_found, 0) - estimate, estimate - (precision(true + 1, normal) + after) / 2)
+    estimate[known] = after[known]
+    ap = add_up(share * estimate, share * error)
 
-    found = every.true + every.defect
-    best = float((2 * found / (found + every.false + every.normal + num_defect)).max())
-    found = some.true + some.defect
-    f1_error = np.maximum(2 * found / (found + some.false + num_defect) - best, 0)
-    return {
-        "auroc": _Result(auroc, float(auroc_error.sum()), spread(auroc_error)),
-        "ap": _Result(ap, float(ap_error.sum()), spread(ap_error)),
-        "f1_max": _Result(best, float(f1_error.max(initial=0)), spread(f1_error), errors_add_up=False),
-    }
-
-
-class _Ranks(NamedTuple):
-    """(J,) float64 counts of intervals: normal and defective pixels above each, and in each."""
-
-    false: np.ndarray
-    true: np.ndarray
-    normal: np.ndarray
-    defect: np.ndarray
-
-    def precision(self, defects_taken: np.ndarray | int, normals_taken: np.ndarray | int) -> np.ndarray:
-        """Share of defects among all above the interval and so many in it."""
-        found = self.true + defects_taken
-        return found / (found + self.false + normals_taken)
+    f1 = 2 * all_found / (all_found + false + normal + num_defect)
+    best = float(f1.max())
+    above_best = np.maximum(2 * all_found / (all_found + false + num_defect) - best, 0)
+    above_best[known] = 0
+    error = np.bincount(place, above_best, minlength=size)
+    return {"auroc": auroc, "ap": ap, "f1_max": _Result(best, float(error.max()), error, errors_add_up=False)}
 
 
 def _aupro(intervals: _Intervals, exact: np.ndarray, num_regions: int, limit: float) -> _Result:
@@ -530,28 +473,28 @@ def _aupro(intervals: _Intervals, exact: np.ndarray, num_regions: int, limit: fl
         area[cut] = np.maximum(end - start[cut], 0) ** 2 / (2 * width[cut])
         return area
 
-    # A pixel rises along the normal ones of its interval, or else, above all of them, along the last score above.
+    # Defective pixels of an interval may all lie above its normal ones: they rise along the last score above it. Or
+    # all below: they rise along its own last score. How many normal pixels have that score is known only where exact.
     width, start = normal.copy(), false.copy()
     width[pure] = np.where(exact[above[pure]], last_above[pure], np.minimum(last_above[pure], 1))
     start[pure] -= width[pure]
-    scale = intervals.weight[place] / (end * num_regions)
-    area = rise(start, width)
-    value = float((area * scale).sum())
+    estimate = rise(start, width)
+    start[mixed] += normal[mixed] - 1
+    width[mixed] = 1
+    error = estimate - rise(start, width)
+    at_once = np.maximum(end - false, 0)
+    error[mixed] = np.maximum(error, at_once - estimate)[mixed]
+    before = rise(false - last_above, last_above) - np.maximum(estimate, at_once)
+    known = mixed[exact[place[mixed]]]
+    error[known] = before[known] = 0
 
-    # In a mixed interval of unknown order it may rise as late as along one last pixel, or all at once where the interval
-    # begins. There and in a pure one below an interval of unknown order, it may even rise along the last score above,
-    # and how many pixels have that is for the interval above to resolve, unless it is exact.
-    own = mixed[~exact[place[mixed]]]
-    at_once = np.maximum(end - false[own], 0)
-    late = rise(false[own] + normal[own] - 1, np.ones(len(own)))
-    error = np.maximum(at_once - area[own], area[own] - late) * scale[own]
-    errors = np.bincount(place[own], error, minlength=len(exact))
-    others = pure[~exact[above[pure]]]
-    for some, least in ((own, at_once), (others, area[others])):
-        early = rise(false[some] - last_above[some], last_above[some]) - least
-        resolved_by = np.where(exact[above[some]], place[some], above[some])
-        errors += np.bincount(resolved_by, early * scale[some], minlength=len(exact))
-    return _Result(value, float(errors.sum()), errors)
+    scale = intervals.weight[place] / (end * num_regions)
+    error *= scale
+    before *= scale
+    # What may happen along the interval above is for that one to resolve, unless it is exact.
+    errors = np.bincount(place, error, minlength=len(exact))
+    errors += np.bincount(np.where(exact[above], place, above), before, minlength=len(exact))
+    return _Result(float((estimate * scale).sum()), float(errors.sum()), errors)
 
 
 def _read_pixels(
@@ -591,12 +534,7 @@ def _region_weights(defect: np.ndarray, regions: np.ndarray | None) -> tuple[np.
         raise MetricError("regions and mask disagree: labels must be non-zero exactly where the mask is")
     weights, num_regions = [np.zeros(0)], 0
     for image in np.flatnonzero(defect.any(axis=(1, 2))):
-        if regions is None:
-            rows, columns = (np.flatnonzero(defect[image].any(axis=axis)) for axis in (1, 0))
-            inside = defect[image, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            labels = label_regions(inside)[0][inside]
-        else:
-            labels = regions[image][defect[image]]
+        labels = (label_regions(defect[image])[0] if regions is None else regions[image])[defect[image]]
         areas = np.bincount(labels)
         weights.append(1 / areas[labels])
         num_regions += int(np.count_nonzero(areas))

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from types import TracebackType
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -117,4 +117,7 @@ class ProgressBoard(Listener):
         table = Table.grid(padding=(0, 2))
         for trial, doing in self._running.values():
             table.add_row(Text("  ▸ " + describe(trial), style="cyan"), Text(doing))
-        return Group(head, ProgressBar(total=max(self._num_cells, 1), completed=done, width=72), table)
+        board = Table.grid()  # a bar ends no line of its own, a row does
+        for part in (head, ProgressBar(total=max(self._num_cells, 1), completed=done, width=72), table):
+            board.add_row(part)
+        return board
