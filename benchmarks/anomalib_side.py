@@ -38,8 +38,25 @@ def peak_mib():
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+def make_shrinking():
+    """A post-processor that divides scores by 2^14, which changes no order and no rounding.
+
+    anomalib's own rescales them to [0, 1] by statistics of a validation set, by default the test images once more.
+    That pass is left out in its favour, but scores above 1 cannot stay: torchmetrics takes those for logits, and their
+    sigmoid is 1 for all of them.
+    """
+    from lightning.pytorch import Callback
+    from torch import nn
+
+    class Shrinking(nn.Module, Callback):
+        def on_test_batch_end(self, trainer, pl_module, outputs, *_):
+            outputs.update(pred_score=outputs.pred_score / 2**14, anomaly_map=outputs.anomaly_map / 2**14)
+
+    return Shrinking()
+
+
 def make_model(settings):
-    """The model with the given weights, without pictures and without rescaled scores."""
+    """The model with the given weights, without pictures."""
     import safetensors.torch
     from anomalib.metrics import AUPRO, AUROC, Evaluator
     from anomalib.models import Padim, Patchcore
@@ -58,7 +75,7 @@ def make_model(settings):
         "layers": settings["layers"],
         "pre_trained": False,
         "pre_processor": PreProcessor(Compose([resize, Normalize(mean=settings["mean"], std=settings["std"])])),
-        "post_processor": False,
+        "post_processor": make_shrinking(),
         "visualizer": False,
         "evaluator": Evaluator(test_metrics=metrics),
     }

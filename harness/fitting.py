@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from harness.backbones import FrozenBackbone, level_shapes, trainable_backbone
-from harness.contracts import Cell, Context, RunSettings, Sample, SampleKey, Split, derive_seed
+from harness.contracts import Cell, Context, Resources, RunSettings, Sample, SampleKey, Split, derive_seed
 from harness.feature_store import FeatureStore
 from harness.features import feature_keys, feature_split
 from harness.identity import content_id
@@ -51,7 +51,7 @@ class FittedMethod:
         trial = resolved.trial
         self._resolved, self._data, self._store, self._settings = resolved, data, store, settings
         self._notify = partial(notify, ", ".join(data) if len(data) < 3 else f"{len(data)} categories")
-        self._device = torch.device("cuda" if trial.resources.gpu > 0 and torch.cuda.is_available() else "cpu")
+        self._device = pick_device(trial.resources)
         self._encoder: FrozenBackbone | None = None
         self._meter = Meter(self._device)
         self._extracted = 0
@@ -192,6 +192,19 @@ class FittedMethod:
     def _machine(self) -> dict[str, str]:
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.machine()
         return {"device": self._device.type, "device_name": name}
+
+
+def pick_device(resources: Resources) -> torch.device:
+    """The accelerator where a trial asks for one, else the processor. Raises RuntimeError if torch sees none."""
+    if resources.gpu == 0:
+        return torch.device("cpu")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None:
+        raise RuntimeError(
+            f"resources.gpu is {resources.gpu:g} but torch {torch.__version__} sees no accelerator on this node; "
+            f"install a build of torch for it, or set resources.gpu to 0"
+        )
+    return device
 
 
 def is_being_extracted(resolved: ResolvedTrial, category: str, settings: RunSettings) -> bool:

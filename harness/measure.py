@@ -35,8 +35,8 @@ class Meter:
         try:
             yield
         finally:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+            if self._device.type != "cpu":
+                torch.accelerator.synchronize(self._device)
             self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def costs(self) -> dict[str, float]:

@@ -36,7 +36,8 @@ TOLERANCE = 1e-6
 _LOW_BITS = 12
 _NUM_BINS = 1 << (32 - _LOW_BITS)
 _MAX_SLOTS = 1 << 22  # intervals that one replay may count: 100 MiB at most
-_CHUNK = 1 << 14  # pixels counted at once, so that what is computed from them stays in the cache
+_CHUNK = 1 << 15  # pixels counted at once, so that what is computed from them stays in the cache
+_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 _INFINITY = 0x7F80_0000  # bit pattern of +inf; those above it are NaN
 
 
@@ -106,12 +107,9 @@ def label_regions(mask: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
     """
     defect = _to_numpy(mask) != 0
     labels = np.zeros(defect.shape, dtype=np.int32)
-    rows, columns = np.flatnonzero(defect.any(axis=1)), np.flatnonzero(defect.any(axis=0))
-    if not len(rows):
-        return labels, np.zeros(0, dtype=np.int64)
-    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)  # most defects are small
-    ndimage.label(defect[box], structure=np.ones((3, 3), dtype=bool), output=labels[box])
-    return labels, np.bincount(labels[box].ravel(), minlength=2)[1:]
+    box = _bounding_box(defect)
+    ndimage.label(defect[box], structure=_EIGHT_NEIGHBOURS, output=labels[box])
+    return labels, np.bincount(labels[box].ravel(), minlength=1)[1:]
 
 
 class PixelMetrics:
@@ -534,11 +532,22 @@ def _region_weights(defect: np.ndarray, regions: np.ndarray | None) -> tuple[np.
         raise MetricError("regions and mask disagree: labels must be non-zero exactly where the mask is")
     weights, num_regions = [np.zeros(0)], 0
     for image in np.flatnonzero(defect.any(axis=(1, 2))):
-        labels = (label_regions(defect[image])[0] if regions is None else regions[image])[defect[image]]
+        box = _bounding_box(defect[image])
+        inside = defect[image][box]
+        boxed = ndimage.label(inside, structure=_EIGHT_NEIGHBOURS)[0] if regions is None else regions[image][box]
+        labels = boxed[inside]
         areas = np.bincount(labels)
         weights.append(1 / areas[labels])
         num_regions += int(np.count_nonzero(areas))
     return np.concatenate(weights), num_regions
+
+
+def _bounding_box(defect: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns of an (H, W) mask that hold its defects, so that no more than these are searched for regions."""
+    rows, columns = np.flatnonzero(defect.any(axis=1)), np.flatnonzero(defect.any(axis=0))
+    if not len(rows):
+        return slice(0, 0), slice(0, 0)
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
 def _to_numpy(values: np.ndarray | Tensor) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from harness.backbones import check_layers, choose_layers, resolve_backbone
 from harness.contracts import AdgridError, Dataset, DatasetRef, Places, ResultRow, Trial
@@ -153,11 +154,12 @@ class _Reader:
         layers: tuple[str, ...] = ()
         weights = "auto"
         if point.backbone is not None:
-            weights = "random" if random_weights else point.backbone.weights
+            weights = "random" if random_weights else _absolute(point.backbone.weights)
             backbone = resolve_backbone(point.backbone.name, weights, self._places.cache_dir)
             named = point.method.layers or point.backbone.layers
             layers = check_layers(backbone, named) if named else choose_layers(backbone, method.levels)
         params = check_params(point.method.name, point.params, f"methods.{point.method.name}.params")
+        root = None if point.dataset.root is None else _absolute(point.dataset.root)
         trial = Trial(
             trial_id="",
             method=point.method.name,
@@ -166,7 +168,7 @@ class _Reader:
             layers=layers,
             weights=weights,
             representation=point.representation,
-            dataset=DatasetRef(name=point.dataset.name, layout=point.dataset.layout_name, root=point.dataset.root),
+            dataset=DatasetRef(name=dataset.name, layout=point.dataset.layout_name, root=root),
             categories=self._categories(point.dataset, dataset),
             shots=point.shots,
             seed=point.seed,
@@ -207,6 +209,13 @@ class _Reader:
             self._notify(f"hashing {dataset.name}/{name}", len(self._data), 0)
             self._data[key] = read_category(dataset, name, point.shots, point.seed, self._places.cache_dir)
         return self._data[key]
+
+
+def _absolute(path: str) -> str:
+    """A path of the space as workers need it, whose folder is another one; relative to where the command was given."""
+    if path in ("auto", "random") or "://" in path:
+        return path
+    return str(Path(path).expanduser().absolute())
 
 
 def _spread(trials: Sequence[Trial]) -> list[Trial]:

@@ -95,6 +95,16 @@ def test_an_unknown_category_or_layer_is_named(run):
         run.plan(SPACE.replace("[toy_resnet]", "[{name: toy_resnet, layers: [layer22]}]"))
 
 
+def test_paths_of_a_space_are_absolute_for_workers(run, tmp_path, monkeypatch):
+    from test_trial import draw
+
+    for split in ("train/good", "test/good", "test/dent"):
+        draw(tmp_path / "images/nut" / split / "0.png")
+    monkeypatch.chdir(tmp_path)
+    trial = run.plan(SPACE.replace("[toy_squares]", "[{name: parts, layout: folder, root: images}]")).trials[0]
+    assert trial.dataset.root == str(tmp_path / "images")
+
+
 def test_a_space_whose_points_are_all_excluded_is_refused(run):
     with pytest.raises(AdgridError, match="leaves nothing to run"):
         run.plan(SPACE + "exclude: [{method: toy_features}]\n")

@@ -297,3 +297,10 @@ def test_a_grid_over_ratios_and_seeds_costs_one_extraction_and_one_coreset_order
     assert sum(row.costs["extracted_images"] for row in rows) == 14
     num_patches = 6 * 8 * 8  # six training images, 8 x 8 patches at stride 8
     assert CORESETS.num_chosen - before == 2 * int(0.2 * num_patches)
+
+
+def test_a_trial_that_asks_for_an_accelerator_never_falls_back_silently(run, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    rows = run(SPACE + "resources: {gpu: 1}\n")
+    assert {row.status for row in rows.values()} == {"failed"}
+    assert "sees no accelerator" in rows["small"].reason

@@ -112,13 +112,13 @@ class MemoryIndex:
             raise ValueError("queries must be finite, found NaN or infinity")
         bound = torch.cat([lead, torch.ones_like(lead[:, :1])], dim=1) @ self.bounds.T  # squared, less |q|^2
 
-        group = GROUP if self.num_rows >= GROUP * 2 * k else 1
+        group = GROUP if self.num_rows >= GROUP * (k + 1) else 1
         groups = bound.unflatten(1, (-1, group))
         smallest = groups.amin(dim=2)
 
         # Bank rows that are likely the nearest: the first of each of the best groups. The k-th nearest of these is as
         # far as a wanted row can be.
-        num_probed = min(2 * k, self.num_rows)
+        num_probed = min(k + 1, self.num_rows)
         probed = smallest.topk(num_probed, dim=1, largest=False).indices
         inside = groups.gather(1, probed[:, :, None].expand(-1, -1, group)).argmin(dim=2)
         row = torch.arange(len(queries), device=queries.device).repeat_interleave(num_probed)
