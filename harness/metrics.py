@@ -221,7 +221,7 @@ class PixelMetrics:
                 continue
             if result.errors_add_up:
                 error = np.add.reduceat(result.error, starts)
-                factor = np.sqrt(error / slots) * np.sqrt(error * slots).sum() / (0.9 * TOLERANCE)
+                factor = np.sqrt(error / slots) * np.sqrt(error * slots).sum() / (0.8 * TOLERANCE)
             else:
                 # The best F1 hangs on single pixels, and on those of few bins.
                 error = np.maximum.reduceat(result.error, starts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import unicodedata
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +58,7 @@ class Pairing:
     """Images with two masks, or that share a stem, and with it a mask, with another image."""
 
 
-class LayoutDataset:
+class LayoutDataset(ABC):
     """A dataset that lies in folders, one category each; the base of all layouts.
 
     Attributes:
@@ -86,13 +87,13 @@ class LayoutDataset:
             return resolve_path(root)
         return f"{resolve_path(places.data_root)}/{self.name}" if places.data_root else ""
 
+    @abstractmethod
     def is_category(self, folder: str) -> bool:
         """Whether a folder looks like a category of this layout."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scan(self, name: str) -> Scan:
         """Reads the file list of one existing category."""
-        raise NotImplementedError
 
     def prepare(self) -> None:
         """Nothing to make: the data must be obtained."""
