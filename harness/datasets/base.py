@@ -87,15 +87,15 @@ class LayoutDataset(ABC):
             return resolve_path(root)
         return f"{resolve_path(places.data_root)}/{self.name}" if places.data_root else ""
 
-    @abstractmethod
     def is_category(self, folder: str) -> bool:
-        """Whether a folder looks like a category of this layout."""
+        """Whether a folder looks like a category of this layout; never, where categories are not folders."""
+        return False
 
     @abstractmethod
     def scan(self, name: str) -> Scan:
         """Reads the file list of one existing category."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 (most layouts have nothing to do here)
         """Nothing to make: the data must be obtained."""
 
     def locate_problem(self) -> LayoutProblem | None:
