@@ -147,10 +147,10 @@ def serve(name: str, folder: Path) -> None:
     CONTENDERS[name](maps[:2], masks[:2])  # imports and first calls
     base = peak_mib()
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         values = CONTENDERS[name](maps, masks)
-        seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "mib": peak_mib() - base, "values": values}), flush=True)
+        answer = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+        print(json.dumps(answer | {"mib": peak_mib() - base, "values": values}), flush=True)
     del kept
 
 
@@ -177,33 +177,36 @@ def measure(pythons: dict[str, str], folder: Path, rounds: int) -> dict[str, lis
 
 
 def summarise(answers: dict[str, list[dict]], exact: dict[str, float]) -> dict:
-    summary = {"exact": exact, "contenders": {}}
-    ours = [answer["seconds"] for answer in answers["ours"]]
+    """Medians over the rounds; CPU seconds too, since on a busy machine they tell more."""
+    contenders = {}
     for name, runs in answers.items():
         values = runs[-1]["values"]
-        summary["contenders"][name] = {
-            "seconds": [run["seconds"] for run in runs],
-            "median_seconds": statistics.median(run["seconds"] for run in runs),
-            "times_slower_than_ours": statistics.median(
-                run["seconds"] / own for run, own in zip(runs, ours, strict=True)
-            ),
+        contenders[name] = {
             "peak_mib_over_maps": runs[-1]["mib"],
             "values": values,
             "error": {key: abs(values[key] - exact[key]) for key in exact if key in values},
             "bound": {key: values[f"{key}_bound"] for key in exact if f"{key}_bound" in values},
         }
-    return summary
+        for clock in ("seconds", "cpu_seconds"):
+            ratios = [run[clock] / own[clock] for run, own in zip(runs, answers["ours"], strict=True)]
+            contenders[name][clock] = statistics.median(run[clock] for run in runs)
+            contenders[name][f"ratio_of_{clock}"] = statistics.median(ratios)
+            contenders[name][f"ratio_of_{clock}_range"] = [min(ratios), max(ratios)]
+    return {"exact": exact, "contenders": contenders}
 
 
 def print_summary(summary: dict) -> None:
-    print(f"{'contender':14s} {'seconds':>8s} {'x ours':>7s} {'MiB':>6s}   error (bound)")
+    """One line per contender; x is the median ratio to ours."""
+    print(f"{'contender':14s} {'seconds':>8s} {'x':>5s} {'CPU s':>7s} {'x':>5s} {'MiB':>5s}   error (bound)")
     for name, row in summary["contenders"].items():
         errors = ", ".join(
             f"{key} {error:.0e}" + (f" ({row['bound'][key]:.0e})" if key in row["bound"] else "")
             for key, error in row["error"].items()
         )
-        numbers = f"{row['median_seconds']:8.3f} {row['times_slower_than_ours']:7.1f} {row['peak_mib_over_maps']:6.0f}"
-        print(f"{name:14s} {numbers}   {errors}")
+        wall, cpu = (
+            f"{row[clock]:.3f} {row[f'ratio_of_{clock}']:5.1f}".rjust(13) for clock in ("seconds", "cpu_seconds")
+        )
+        print(f"{name:14s} {wall:>14s} {cpu} {row['peak_mib_over_maps']:5.0f}   {errors}")
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ TOLERANCE = 1e-6
 
 _LOW_BITS = 12
 _NUM_BINS = 1 << (32 - _LOW_BITS)
-_MAX_SLOTS = 1 << 22  # intervals that one replay may count: 100 MiB at most
+_MAX_SLOTS = 1 << 22  # intervals that one replay may count: 64 MiB
 _CHUNK = 1 << 15  # pixels counted at once, so that what is computed from them stays in the cache
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 _INFINITY = 0x7F80_0000  # bit pattern of +inf; those above it are NaN
@@ -113,7 +113,7 @@ def label_regions(mask: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 class PixelMetrics:
-    """Pixel AUROC, AP, F1-max and AUPRO of any number of maps in constant memory (24 MiB; pickled, a small part of it).
+    """Pixel AUROC, AP, F1-max and AUPRO of any number of maps in constant memory (16 MiB; pickled, a small part of it).
 
     Counts are integers and the weights 1/area are float64, so neither the order and size of the batches nor the number
     of workers changes more than the last digits (1e-12). Workers count their own maps and `merge`. Where the maps are
@@ -158,7 +158,7 @@ class PixelMetrics:
 
         Args:
             replay: yields the arguments that `update` was given, in any order. It is called until every bound is at
-                most `TOLERANCE`: not at all where one pass was enough, otherwise once for all but unusual scores.
+                most `TOLERANCE`: not at all where one pass was enough, otherwise as a rule once.
 
         Returns:
             `pixel_auroc`, `pixel_ap`, `pixel_f1_max`, `aupro` in [0, 1], and for each `<name>_bound`: the true value
@@ -290,7 +290,7 @@ class Refinement:
         return (
             np.array_equal(np.add.reduceat(second.pixels[:-1], self._first_slot), first.pixels[self._bins])
             and np.array_equal(np.add.reduceat(second.defects[:-1], self._first_slot), first.defects[self._bins])
-            and (second.pixels.sum(), second.num_regions) == (first.pixels.sum(), first.num_regions)
+            and (second.num_pixels, second.num_regions) == (first.num_pixels, first.num_regions)
         )
 
     def _intervals(self) -> _Intervals:
@@ -317,27 +317,37 @@ class _Histogram:
     """Pixels, defective pixels and region weights per slot."""
 
     def __init__(self, num_slots: int) -> None:
-        self.pixels = np.zeros(num_slots, dtype=np.int64)
-        self.defects = np.zeros(num_slots, dtype=np.int64)
+        self.pixels = np.zeros(num_slots, dtype=np.uint32)
+        self.defects = np.zeros(num_slots, dtype=np.uint32)
         self.weights = np.zeros(num_slots)
+        self.num_pixels = 0
         self.num_regions = 0
         self.used_bits = 0
 
     def add(self, batch: _Pixels, slot_of: Callable[[np.ndarray], np.ndarray]) -> None:
+        self._make_room(len(batch.keys))
+        one = self.pixels.dtype.type(1)
         for start in range(0, len(batch.keys), _CHUNK):
-            np.add.at(self.pixels, slot_of(batch.keys[start : start + _CHUNK]), 1)
+            np.add.at(self.pixels, slot_of(batch.keys[start : start + _CHUNK]), one)
         slots = slot_of(batch.keys[batch.defect_at])
-        np.add.at(self.defects, slots, 1)
+        np.add.at(self.defects, slots, one)
         np.add.at(self.weights, slots, batch.weights)
         self.num_regions += batch.num_regions
         self.used_bits |= batch.used_bits
 
     def merge(self, other: _Histogram) -> None:
-        self.pixels += other.pixels
-        self.defects += other.defects
+        self._make_room(other.num_pixels)
+        self.pixels += other.pixels.astype(self.pixels.dtype)
+        self.defects += other.defects.astype(self.pixels.dtype)
         self.weights += other.weights
         self.num_regions += other.num_regions
         self.used_bits |= other.used_bits
+
+    def _make_room(self, num_pixels: int) -> None:
+        """Widens the counts before a slot could overflow; 32 bits, while they do, keep more of them in the cache."""
+        self.num_pixels += num_pixels
+        if self.num_pixels >= 1 << 32:
+            self.pixels, self.defects = self.pixels.astype(np.uint64), self.defects.astype(np.uint64)
 
     def num_unused_bits(self) -> int:
         """Low bits that are zero in every score (13 in float16 ones): slots no wider than these hold one value each."""
@@ -350,6 +360,7 @@ class _Histogram:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["num_slots"])  # type: ignore[misc]
+        self._make_room(state["num_pixels"])
         for name in ("pixels", "defects", "weights"):
             getattr(self, name)[state["occupied"]] = state[name]
         self.num_regions, self.used_bits = state["num_regions"], state["used_bits"]
@@ -371,8 +382,8 @@ class _Intervals:
     @classmethod
     def count(cls, histogram: _Histogram, slots: np.ndarray, bins: np.ndarray, shift: np.ndarray) -> _Intervals:
         """Reads occupied slots, the highest first, and joins neighbours of one bin that hold normal pixels alone."""
-        defect = histogram.defects[slots]
-        normal = histogram.pixels[slots] - defect
+        defect = histogram.defects[slots].astype(np.int64)
+        normal = histogram.pixels[slots].astype(np.int64) - defect
         is_end = np.ones(len(slots), dtype=bool)
         is_end[:-1] = (defect[:-1] > 0) | (defect[1:] > 0) | (bins[1:] != bins[:-1])
         ends = np.flatnonzero(is_end)
@@ -551,10 +562,11 @@ def _bounding_box(defect: np.ndarray) -> tuple[slice, slice]:
 
 
 def _to_numpy(values: np.ndarray | Tensor) -> np.ndarray:
-    if isinstance(values, np.ndarray):
-        return values
+    if not hasattr(values, "detach"):
+        return np.asarray(values)
     values = values.detach()
-    return (values.float() if values.is_floating_point() else values).cpu().numpy()
+    half = values.is_floating_point() and values.element_size() < 4  # numpy has no bfloat16
+    return (values.float() if half else values).cpu().numpy()
 
 
 def _check_finite(scores: np.ndarray, what: str) -> None:

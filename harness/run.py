@@ -167,14 +167,15 @@ def _run_open_trials(
     tracker: _Tracker,
 ) -> list[ResultRow]:
     # Imported here: a run that finds everything done never starts Ray, nor pays for importing it.
-    from harness.sweep import check_resources, connect, run_trials
+    from harness.sweep import check_resources, connect, max_in_flight, run_trials
 
     with ExitStack() as stack:
         with console.status("starting Ray"):
             resources = stack.enter_context(connect(options.address, options.num_cpus))
         check_resources(trials, resources)
         board = stack.enter_context(ProgressBoard(console, num_cells, num_done, len(trials)))
-        return run_trials(trials, settings, [board, tracker])
+        in_flight = max_in_flight(trials, resources) if options.address is None else None
+        return run_trials(trials, settings, [board, tracker], in_flight)
 
 
 def remake_report(

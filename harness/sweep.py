@@ -76,11 +76,27 @@ def check_resources(trials: Sequence[Trial], available: Mapping[str, float]) -> 
                 )
 
 
-def run_trials(trials: Sequence[Trial], settings: RunSettings, listeners: Sequence[Listener]) -> list[ResultRow]:
+def max_in_flight(trials: Sequence[Trial], available: Mapping[str, float]) -> int:
+    """How many trials the resources can hold at once, if all were as small as the smallest."""
+    bundles = [_bundle(trial.resources) for trial in trials]
+    smallest = {name: min(bundle[name] for bundle in bundles) for name in bundles[0] if all(name in b for b in bundles)}
+    return max(1, min((int(available.get(name, 0) / amount) for name, amount in smallest.items()), default=len(trials)))
+
+
+def run_trials(
+    trials: Sequence[Trial], settings: RunSettings, listeners: Sequence[Listener], in_flight: int | None = None
+) -> list[ResultRow]:
     """Runs trials through Ray Tune and returns the rows of this start, one per cell that was not finished before.
 
     A trial whose worker is killed is started again and goes on with what is missing; a cell whose worker dies every
     time becomes a failed row. Ray must be connected.
+
+    Args:
+        trials: what to run, each with its own bundle of resources.
+        settings: where things lie.
+        listeners: told what happens.
+        in_flight: trials that Tune holds at once, waiting ones included; None leaves it to Tune, whose waiting trials
+            are what an autoscaler goes by.
     """
     if not trials:
         return []
@@ -97,7 +113,9 @@ def run_trials(trials: Sequence[Trial], settings: RunSettings, listeners: Sequen
             ),
             param_space={"trial": tune.grid_search(list(range(len(trials))))},
             tune_config=tune.TuneConfig(
-                reuse_actors=True, trial_dirname_creator=lambda trial: trial.trial_id, max_concurrent_trials=0
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+                max_concurrent_trials=in_flight or 0,
             ),
             run_config=tune.RunConfig(
                 name="trials",

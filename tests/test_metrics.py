@@ -103,6 +103,12 @@ def test_image_metrics_by_hand():
     assert values == pytest.approx({"image_auroc": 0.75, "image_ap": (1 + 2 / 3) / 2, "image_f1_max": 0.8})
 
 
+def test_image_scores_keep_their_precision():
+    score = torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)
+    assert image_metrics(score, torch.tensor([0, 1]))["image_auroc"] == 1
+    assert image_metrics(torch.tensor([1.0, 2.0], dtype=torch.bfloat16), torch.tensor([0, 1]))["image_auroc"] == 1
+
+
 def test_image_metrics_of_a_perfect_and_a_reversed_ranking():
     label = np.array([0, 0, 1, 1])
     assert image_metrics(np.arange(4.0), label) == {"image_auroc": 1, "image_ap": 1, "image_f1_max": 1}
@@ -320,6 +326,18 @@ def test_state_does_not_grow_with_the_number_of_images():
     assert len(pickle.dumps(many)) < len(pickle.dumps(few)) + 100
     assert len(pickle.dumps(few)) < 100_000
     assert many.compute()["pixel_auroc"] == pytest.approx(few.compute()["pixel_auroc"])  # whatever the number of copies
+
+
+def test_counts_widen_before_they_overflow():
+    maps, masks = smooth_case()
+    metrics = count(maps[:2], masks[:2])
+    metrics._histogram.num_pixels += 2**32 - 10_000
+    assert metrics._histogram.pixels.dtype == np.uint32
+    other = pickle.loads(pickle.dumps(count(maps[4:], masks[4:])))
+    metrics.update(maps[2:4], masks[2:4])
+    metrics = pickle.loads(pickle.dumps(metrics))
+    assert metrics._histogram.pixels.dtype == np.uint64
+    assert metrics.merge(other).compute() == pytest.approx(count(maps, masks).compute(), abs=1e-12)
 
 
 def test_tensors_of_any_kind_count_as_arrays_do():

@@ -12,7 +12,7 @@ from runs import SPACE, SmallRun, quiet_console
 
 from harness.contracts import AdgridError, Resources
 from harness.run import execute
-from harness.sweep import check_resources, connect, run_trials
+from harness.sweep import check_resources, connect, max_in_flight, run_trials
 
 pytestmark = pytest.mark.ray
 GRID = SPACE.replace(
@@ -77,6 +77,21 @@ def test_a_trial_that_can_never_be_placed_is_refused(run):
         check_resources(plan.trials, {"CPU": 2.0})
     check_resources(plan.trials, {"CPU": 500.0})
     assert Resources().cpu == 1.0
+
+
+def test_no_more_trials_are_in_flight_than_fit(run):
+    trials = run.plan(SPACE + "seeds: [0, 1, 2]\nresources: {cpu: 2, gpu: 0.5}\n").trials
+    assert max_in_flight(trials, {"CPU": 8.0, "GPU": 1.0}) == 2
+    assert max_in_flight(trials, {"CPU": 2.0, "GPU": 4.0}) == 1
+    assert max_in_flight(trials + run.plan().trials, {"CPU": 8.0, "GPU": 1.0}) == 8  # some need one core and no GPU
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_torch_uses_the_threads_that_the_trial_asked_for(run, tmp_path, cpus):
+    text = SPACE.replace("[toy_features]", "[{name: toy_broken, params: {how: count, category: large, note: NOTE}}]")
+    text = text.replace("NOTE", str(tmp_path / "fits"))
+    execute(write(tmp_path, f"{text}resources: {{cpu: {cpus}}}\n"), run.options(), quiet_console(), "test")
+    assert (tmp_path / "fits").read_text() == f"fit with {cpus} threads\n"
 
 
 def test_nothing_to_run_starts_nothing(run):

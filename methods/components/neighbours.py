@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_FLOATS = 2**20
+BLOCK_FLOATS = 2**22
 """Lower bounds held at once, queries times bank rows."""
 GROUP = 32
 """Bank rows whose smallest bound is taken together, to find rows that are surely close."""

@@ -22,7 +22,7 @@ class Broken(FeatureMean):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        how: Literal["fit", "predict", "nan", "kill", "kill_once", "slow", "memory"] = "fit"
+        how: Literal["fit", "predict", "nan", "kill", "kill_once", "slow", "memory", "count"] = "fit"
         category: str = ""
         """Category in which it goes wrong."""
         note: str = ""
@@ -35,7 +35,7 @@ class Broken(FeatureMean):
             return
         if self.config.note:
             with Path(self.config.note).open("a") as file:
-                file.write("fit\n")
+                file.write(f"fit with {torch.get_num_threads()} threads\n")
         if self.config.how == "fit":
             raise RuntimeError("the fit was told to fail")
         if self.config.how == "memory":
