@@ -232,6 +232,7 @@ def main():
     print(f"load average {before[0]:.1f} before, {os.getloadavg()[0]:.1f} after, on {os.cpu_count()} processors")
     if options.json:
         about = {"method": options.method, "category": options.category, "threads": options.threads}
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json).write_text(json.dumps({**about, **summary, "sides": sides}, indent=1) + "\n")
 
 
