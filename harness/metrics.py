@@ -192,7 +192,8 @@ class PixelMetrics:
         if self._refined is not None:
             return self._refined
         occupied = np.flatnonzero(self._histogram.pixels != 0)[::-1]
-        return _Intervals.count(self._histogram, occupied, occupied, np.full(len(occupied), _LOW_BITS))
+        shift = np.full(len(occupied), _LOW_BITS, dtype=np.int32)
+        return _Intervals.count(self._histogram, occupied, occupied.astype(np.int32), shift)
 
     def _results(self) -> dict[str, _Result]:
         """The metrics and, per interval, what its unknown inner order may change."""
@@ -230,7 +231,7 @@ class PixelMetrics:
             wanted = np.maximum(wanted, np.where(factor > 1, slots * np.maximum(factor, np.where(slots > 1, 4, 1)), 0))
             weight = np.maximum(weight, error / result.bound)
         chosen = np.flatnonzero(wanted > 0)
-        split_bits = np.maximum(np.rint(np.log2(wanted[chosen])), 1).astype(np.int64)
+        split_bits = np.maximum(np.rint(np.log2(wanted[chosen])), 1).astype(np.int32)
         split_bits = np.minimum(split_bits, _LOW_BITS - self._histogram.num_unused_bits())
         heaviest_first = np.argsort(-weight[chosen], kind="stable")
         fits = heaviest_first[np.cumsum(1 << split_bits[heaviest_first]) <= _MAX_SLOTS]
@@ -295,7 +296,7 @@ class Refinement:
 
     def _intervals(self) -> _Intervals:
         occupied = np.flatnonzero(self._histogram.pixels[:-1] != 0)[::-1]
-        place = np.repeat(np.arange(len(self._bins)), self._num_slots)[occupied]
+        place = np.repeat(np.arange(len(self._bins), dtype=np.int32), self._num_slots)[occupied]
         return _Intervals.count(self._histogram, occupied, self._bins[place], self._shift[place])
 
 
@@ -399,9 +400,9 @@ class _Intervals:
     def replace(self, finer: _Intervals) -> _Intervals:
         """These with the intervals of another's bins replaced."""
         kept = np.flatnonzero(~np.isin(self.bin, finer.bin))
-        order = np.argsort(np.concatenate([-self.bin[kept], -finer.bin]), kind="stable")
+        place = np.searchsorted(-finer.bin, -self.bin[kept])
         return _Intervals(
-            **{name: np.concatenate([ours[kept], getattr(finer, name)])[order] for name, ours in vars(self).items()}
+            **{name: np.insert(getattr(finer, name), place, ours[kept]) for name, ours in vars(self).items()}
         )
 
 
