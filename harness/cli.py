@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--num-cpus", type=int, help="cores of the Ray started here (default: all)")
     run.add_argument("--tracking-uri", help="MLflow tracking URI (default: a SQLite file under --root; off: none)")
     run.add_argument("--experiment", default="adgrid", help="MLflow experiment (default: adgrid)")
+    run.add_argument("--download", action="store_true", help="fetch weights that are not here from the hub")
     run.add_argument("--skip-missing", action="store_true", help="run the rest when datasets or weights are missing")
     run.add_argument("--save-fitted", action="store_true", help="keep every fitted method under artifacts/")
     run.add_argument("--no-pictures", dest="pictures", action="store_false", help="draw no contact sheet per cell")
@@ -279,10 +280,15 @@ def _backbones(parsed: argparse.Namespace, console: Console, command: str) -> in
 def _methods(parsed: argparse.Namespace, console: Console, command: str) -> int:
     from harness.registry import load_method, method_names, method_version
 
-    table = Table("method", "what it is", "fit per", "backbone", "version")
+    table = Table("method", "what it is", "fit per", "backbone", "version", "here")
     for name in method_names():
-        method = load_method(name)
-        table.add_row(name, method.summary, method.scope, method.backbone_use, str(method_version(name)))
+        try:
+            method = load_method(name)
+            version = str(method_version(name))
+        except Exception as error:  # one broken plug-in must not hide the others
+            table.add_row(name, "", "", "", "", _escape(f"{type(error).__name__}: {error}"))
+        else:
+            table.add_row(name, method.summary, method.scope, method.backbone_use, version, _here(None))
     console.print(table)
     return 0
 

@@ -42,6 +42,9 @@ def images_fingerprint(samples: Sequence[Sample], hashes: Mapping[str, str]) -> 
 
 
 def truth_fingerprint(samples: Sequence[Sample], hashes: Mapping[str, str], has_masks: bool) -> str:
-    """Labels and mask contents of the test images in order."""
-    truth = [[sample.label, hashes[sample.mask_path] if sample.mask_path else ""] for sample in samples]
+    """Labels and mask contents of the test images in order, and the images whose size a mask must have."""
+    truth = [
+        [sample.label, [hashes[sample.mask_path], hashes[sample.path]] if sample.mask_path else ""]
+        for sample in samples
+    ]
     return content_id([truth, has_masks])

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from harness.backbones import check_layers, choose_layers, resolve_backbone
+from harness.backbones import check_layers, choose_layers, level_shapes, resolve_backbone
 from harness.contracts import AdgridError, Dataset, DatasetRef, Places, ResultRow, Trial
 from harness.identity import content_id
 from harness.registry import check_params, load_dataset_class, load_method, suggest
@@ -60,7 +60,13 @@ class Progress:
     """Seconds of work on one worker, from earlier rows of the same method and backbone; None without any."""
 
 
-def make_plan(space: Space, places: Places, random_weights: bool = False, notify: OnProgress = lambda *_: None) -> Plan:
+def make_plan(
+    space: Space,
+    places: Places,
+    random_weights: bool = False,
+    notify: OnProgress = lambda *_: None,
+    download: bool = False,
+) -> Plan:
     """Lists trials and cells of a space with their ids; reads file lists and hashes files, computes nothing.
 
     Args:
@@ -68,6 +74,7 @@ def make_plan(space: Space, places: Places, random_weights: bool = False, notify
         places: where data lie and hashes are cached.
         random_weights: use random weights for every backbone; rows are stamped.
         notify: told about hashing progress.
+        download: fetch weights that are not here from the hub.
 
     Raises:
         AdgridError: an unknown category or layer, a broken dataset layout, more shots than images.
@@ -75,19 +82,23 @@ def make_plan(space: Space, places: Places, random_weights: bool = False, notify
     points = grid_points(space)
     if not points:
         raise AdgridError(f"space {space.name!r}: `exclude` leaves nothing to run; remove a rule")
-    reader = _Reader(space, places, notify)
+    reader = _Reader(space, places, notify, download)
     missing: dict[tuple[str, str], list[str]] = {}
-    trials = []
+    trials: dict[str, Trial] = {}
     for point in points:
         lacks = reader.lacks(point, random_weights)
         for key, reason in lacks.items():
             missing.setdefault(key, []).append(reason)
         if not lacks:
-            trials.append(reader.trial(point, random_weights))
+            trial = reader.trial(point, random_weights)
+            known = trials.get(trial.trial_id)
+            trials[trial.trial_id] = trial if known is None else _join(known, trial)
+    if not missing:
+        reader.check_categories()
     return Plan(
         space=space,
         run_id=f"{space.name}-{content_id([space.model_dump(mode='json'), random_weights], 8)}",
-        trials=tuple(_share_layers(_spread(trials))),
+        trials=tuple(_share_layers(_spread(list(trials.values())))),
         missing=tuple(
             Missing(kind=kind, name=name, reason=reasons[0], num_trials=len(reasons))
             for (kind, name), reasons in missing.items()
@@ -98,13 +109,18 @@ def make_plan(space: Space, places: Places, random_weights: bool = False, notify
 class _Reader:
     """Looks at each dataset, category and backbone once, however many trials share it."""
 
-    def __init__(self, space: Space, places: Places, notify: OnProgress) -> None:
-        self._space, self._places, self._notify = space, places, notify
+    def __init__(self, space: Space, places: Places, notify: OnProgress, download: bool) -> None:
+        self._space, self._places, self._notify, self._download = space, places, notify, download
         self._datasets: dict[str, Dataset | str] = {}
         self._weights: dict[tuple[str, str], str | None] = {}
         self._data: dict[tuple[str, str, int | None, int], CategoryData] = {}
-        named = space.categories or ()
-        self._unused = set(named)
+        self._seen: set[str] = set()
+
+    def check_categories(self) -> None:
+        """Raises AdgridError for a name among the space's `categories` that no dataset has."""
+        for name in self._space.categories or ():
+            if name not in self._seen:
+                raise AdgridError(f"categories: no dataset of the space has {name!r}{suggest(name, self._seen)}")
 
     def lacks(self, point: GridPoint, random_weights: bool) -> dict[tuple[str, str], str]:
         """What is not here for this point: (kind, name) -> reason."""
@@ -140,7 +156,7 @@ class _Reader:
             # An unknown name is an error of the space; known but absent weights are listed as missing.
             resolve_backbone(entry.name, "random", self._places.cache_dir)
             try:
-                resolve_backbone(entry.name, entry.weights, self._places.cache_dir)
+                resolve_backbone(entry.name, entry.weights, self._places.cache_dir, download=self._download)
                 self._weights[key] = None
             except AdgridError as error:
                 self._weights[key] = str(error)
@@ -158,7 +174,13 @@ class _Reader:
             backbone = resolve_backbone(point.backbone.name, weights, self._places.cache_dir)
             named = point.method.layers or point.backbone.layers
             layers = check_layers(backbone, named) if named else choose_layers(backbone, method.levels)
-        params = check_params(point.method.name, point.params, f"methods.{point.method.name}.params")
+            level_shapes(backbone, layers, self._space.protocol.image_size)  # refuses a size that does not fit
+        where = f"methods.{point.method.name}.params"
+        params = check_params(point.method.name, point.params, where)
+        try:
+            content_id(params)
+        except ValueError:
+            raise AdgridError(f"{where}: NaN and infinity are no parameters, got {dict(point.params)}") from None
         root = None if point.dataset.root is None else _absolute(point.dataset.root)
         trial = Trial(
             trial_id="",
@@ -193,6 +215,7 @@ class _Reader:
             if name not in known:
                 raise AdgridError(f"datasets, {entry.name!r}: unknown category {name!r}{suggest(name, known)}")
         chosen = tuple(name for name in known if name in (entry.categories or known))
+        self._seen.update(chosen)
         if self._space.categories is None:
             return chosen
         kept = tuple(name for name in chosen if name in self._space.categories)
@@ -209,6 +232,23 @@ class _Reader:
             self._notify(f"hashing {dataset.name}/{name}", len(self._data), 0)
             self._data[key] = read_category(dataset, name, point.shots, point.seed, self._places.cache_dir)
         return self._data[key]
+
+
+def _join(trial: Trial, twin: Trial) -> Trial:
+    """One trial for two grid points that mean the same but, perhaps, for their categories."""
+    if trial.dataset != twin.dataset:
+        raise AdgridError(
+            f"datasets: {trial.dataset.name!r} stands for two places, {trial.dataset.root} and {twin.dataset.root}; "
+            f"give each its own name"
+        )
+    if trial.cells != twin.cells and load_method(trial.method).scope == "dataset":
+        raise AdgridError(
+            f"datasets: {trial.dataset.name!r} is named with different categories, and {trial.method!r} is fitted to "
+            f"all of them at once; name them once"
+        )
+    cells = {cell.category: cell for cell in (*trial.cells, *twin.cells)}
+    categories = tuple(sorted(cells))
+    return dataclasses.replace(trial, categories=categories, cells=tuple(cells[name] for name in categories))
 
 
 def _absolute(path: str) -> str:
@@ -251,7 +291,12 @@ def measure_progress(plan: Plan, rows: Mapping[str, ResultRow], predictions: set
     """
     cells = [(trial, cell) for trial in plan.trials for cell in trial.cells]
     open_cells = [(trial, cell) for trial, cell in cells if not _is_ok(rows.get(cell.cell_id))]
-    seconds = [_expected_seconds(trial, rows) for trial, cell in open_cells if cell.prediction_id not in predictions]
+    expected = _seconds_per_cell(rows)
+    seconds = [
+        expected.get((trial.method, trial.backbone))
+        for trial, cell in open_cells
+        if cell.prediction_id not in predictions
+    ]
     known = [value for value in seconds if value is not None]
     return Progress(
         done=len(cells) - len(open_cells),
@@ -266,10 +311,11 @@ def _is_ok(row: ResultRow | None) -> bool:
     return row is not None and row.status == "ok"
 
 
-def _expected_seconds(trial: Trial, rows: Mapping[str, ResultRow]) -> float | None:
-    alike = [
-        sum(value for name, value in row.costs.items() if name.endswith("_seconds"))
-        for row in rows.values()
-        if _is_ok(row) and (row.method, row.backbone) == (trial.method, trial.backbone)
-    ]
-    return statistics.median(alike) if alike else None
+def _seconds_per_cell(rows: Mapping[str, ResultRow]) -> dict[tuple[str, str | None], float]:
+    """Median seconds that a finished cell took, per method and backbone."""
+    alike: dict[tuple[str, str | None], list[float]] = {}
+    for row in rows.values():
+        if _is_ok(row):
+            seconds = sum(value for name, value in row.costs.items() if name.endswith("_seconds"))
+            alike.setdefault((row.method, row.backbone), []).append(seconds)
+    return {key: statistics.median(values) for key, values in alike.items()}

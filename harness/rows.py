@@ -97,6 +97,7 @@ def _row(trial: Trial, cell: Cell, status: RowStatus, settings: RunSettings) -> 
             **_software(),
             "command": settings.command,
             "run_id": settings.run_id,
+            "invocation": settings.invocation,
             "host": socket.gethostname(),
             "finished_at": dt.datetime.now(dt.UTC).isoformat(timespec="microseconds"),
         },

@@ -51,6 +51,8 @@ class RunOptions:
     """MLflow experiment."""
     random_weights: bool = False
     """Random instead of pretrained weights, to test the plumbing."""
+    download: bool = False
+    """Fetch weights that are not here from the hub."""
     skip_missing: bool = False
     """Run what can run although datasets or weights are missing."""
     save_fitted: bool = False
@@ -87,8 +89,8 @@ class Outcome:
 
     @property
     def num_failed(self) -> int:
-        """Rows without a number."""
-        return sum(row.status != "ok" for row in self.rows)
+        """Planned cells without a number."""
+        return len(self.plan.cell_ids) - sum(row.status == "ok" for row in self.rows)
 
 
 def plan_run(space_path: str, options: RunOptions, console: Console) -> Plan:
@@ -100,6 +102,7 @@ def plan_run(space_path: str, options: RunOptions, console: Console) -> Plan:
             options.places,
             options.random_weights,
             lambda what, done, total: status.update(f"planning: {what}"),
+            options.download,
         )
 
 
@@ -127,8 +130,13 @@ def execute(space_path: str, options: RunOptions, console: Console, command: str
         save_fitted=options.save_fitted,
         pictures=options.pictures,
     )
-    store.publish(f"runs/{plan.run_id}/space.json", canonical_json(plan.space.model_dump(mode="json")).encode())
-    store.publish(f"runs/{plan.run_id}/plan.json", canonical_json(_plan_record(plan, command)).encode())
+    try:
+        store.publish(f"runs/{plan.run_id}/space.json", canonical_json(plan.space.model_dump(mode="json")).encode())
+        store.publish(f"runs/{plan.run_id}/plan.json", canonical_json(_plan_record(plan, command)).encode())
+    except OSError as error:
+        raise AdgridError(
+            f"--root {options.root}: cannot be written ({error}); name a writable folder or URI"
+        ) from error
     known = store.load_rows(plan.cell_ids)
     open_trials = [
         trial
@@ -222,6 +230,7 @@ class _Tracker(Listener):
         self._mirror: Mirror | None = None
         if self.uri is not None:
             self._try(lambda: self._open(str(self.uri), options.experiment))
+            self._sync([], [], finished=False)  # an unreachable server is told before anything runs
 
     def _open(self, uri: str, experiment: str) -> None:
         self._mirror = Mirror(uri, experiment)

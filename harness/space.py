@@ -82,7 +82,7 @@ class ProtocolEntry(_Strict):
     interpolation: Literal["backbone", "bilinear", "bicubic", "nearest"] = "backbone"
     mask_rule: Literal["nearest"] = "nearest"
     cropped_anomaly: Literal["keep"] = "keep"
-    smoothing: Literal["method"] | Annotated[float, Field(ge=0)] = "method"
+    smoothing: Literal["method"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "method"
     score_reduction: Literal["method"] | ScoreReduction = "method"
     aupro_limit: Annotated[float, Field(gt=0, le=1)] = 0.3
     selection: Literal["last"] = "last"
@@ -128,7 +128,7 @@ Backbones = Annotated[tuple[Annotated[BackboneEntry, BeforeValidator(_name_alone
 Datasets = Annotated[tuple[Annotated[DatasetEntry, BeforeValidator(_name_alone)], ...], BeforeValidator(_as_list)]
 Shots = Annotated[tuple[Annotated[int, Field(ge=1)] | None, ...], Field(min_length=1), BeforeValidator(_as_list)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_as_list)]
-Names = Annotated[tuple[Name, ...], BeforeValidator(_as_list)]
+Names = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_as_list)]
 
 
 class Grid(_Strict):
@@ -206,7 +206,7 @@ def parse_space(text: str, source: str = "<space>", overrides: Sequence[str] = (
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise AdgridError(
             f"{source}: not valid YAML: {' '.join(str(error).split())}; check indentation and brackets"
         ) from error
@@ -214,6 +214,7 @@ def parse_space(text: str, source: str = "<space>", overrides: Sequence[str] = (
         raise AdgridError(
             f"{source}: a search space is a mapping with `name`, `methods`, `datasets`; got {type(data).__name__}"
         )
+    _refuse_doubled_keys(tree, source)
     places = _Places(source, tree)
     for override in overrides:
         data = apply_override(data, override)
@@ -230,6 +231,23 @@ def parse_space(text: str, source: str = "<space>", overrides: Sequence[str] = (
     return space
 
 
+def _refuse_doubled_keys(node: yaml.Node | None, source: str) -> None:
+    """YAML's loader would let the last of two equal keys win in silence."""
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise AdgridError(
+                    f"{source}, line {line}: the key {key.value!r} stands on line {seen[key.value]} too; keep one"
+                )
+            seen[key.value] = line
+            _refuse_doubled_keys(value, source)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_doubled_keys(item, source)
+
+
 def apply_override(data: dict[str, Any], override: str) -> dict[str, Any]:
     """`--set axis=value`: narrows a named axis to the entries called so (keeping their settings), or sets any field.
 
@@ -241,7 +259,7 @@ def apply_override(data: dict[str, Any], override: str) -> dict[str, Any]:
         raise AdgridError(f"--set {override}: write axis=value, such as methods=padim or protocol.aupro_limit=0.05")
     try:
         value = yaml.safe_load(f"[{text}]" if "," in text and not text.lstrip().startswith(("[", "{")) else text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise AdgridError(f"--set {override}: the value is not valid YAML ({' '.join(str(error).split())})") from error
     keys = field.split(".")
     if len(keys) == 1 and field in ("methods", "backbones", "datasets"):
@@ -376,6 +394,10 @@ def _check_names(space: Space, places: _Places) -> None:
             if axis not in EXCLUDE_AXES and not axis.startswith("params."):
                 known_axes = (*EXCLUDE_AXES, "params.<field>")
                 raise AdgridError(f"{places('exclude', index, axis)}: unknown axis {axis!r}{suggest(axis, known_axes)}")
+        for name in _as_list(rule.get("method", [])):
+            if name not in method_names():
+                where = places("exclude", index, "method")
+                raise AdgridError(f"{where}: unknown method {name!r}{suggest(str(name), method_names())}")
 
 
 def _entries(space: Space, axis: str) -> Iterator[tuple[tuple[str | int, ...], Any]]:
@@ -473,6 +495,9 @@ def _matches(rule: Mapping[str, Any], point: GridPoint) -> bool:
         "representation": point.representation,
         "shots": point.shots,
         "seed": point.seed,
-        **{f"params.{key}": value for key, value in point.params.items()},
     }
+    if any(axis.startswith("params.") for axis in rule):
+        # A parameter that the space leaves out has its default.
+        resolved = check_params(point.method.name, point.params, "methods")
+        values |= {f"params.{key}": value for key, value in resolved.items()}
     return all(values.get(axis) in _as_list(wanted) for axis, wanted in rule.items())

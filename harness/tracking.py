@@ -172,7 +172,7 @@ class Mirror:
                 warnings.simplefilter("ignore", SADeprecationWarning)
                 yield
         # The exceptions of requests are OSErrors.
-        except (MlflowException, SQLAlchemyError, OSError) as error:
+        except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
             # What was written before the error is unknown, so it is read again next time.
             self._opened = None
             self._known.clear()

@@ -39,7 +39,13 @@ def run_trial(trial: Trial, settings: RunSettings, notify: Notify = lambda *_: N
     """
     store = Store(settings.root)
     rows = store.load_rows(cell.cell_id for cell in trial.cells)
-    todo = [cell for cell in trial.cells if cell.cell_id not in rows or rows[cell.cell_id].status != "ok"]
+    # A trial that is started again after its worker died leaves alone what has failed for a reason of its own.
+    settled = {
+        cell_id
+        for cell_id, row in rows.items()
+        if row.status == "ok" or row.provenance.get("invocation") == settings.invocation
+    }
+    todo = [cell for cell in trial.cells if cell.cell_id not in settled]
     try:
         dataset = open_dataset(trial.dataset, settings.places)
         resolved = resolve_trial(trial, dataset, settings.places.cache_dir)
@@ -49,8 +55,15 @@ def run_trial(trial: Trial, settings: RunSettings, notify: Notify = lambda *_: N
     groups = fit_groups(resolved, todo)
     while groups:
         # What another trial extracts right now is left for later; when all are taken, the first is done all the same.
-        free = (n for n, group in enumerate(groups) if not is_being_extracted(resolved, group[0].category, settings))
+        free = (n for n, group in enumerate(groups) if not _is_taken(resolved, group[0].category, settings))
         yield from run_group(resolved, groups.pop(next(free, 0)), store, settings, notify)
+
+
+def _is_taken(resolved: ResolvedTrial, category: str, settings: RunSettings) -> bool:
+    try:
+        return is_being_extracted(resolved, category, settings)
+    except Exception:
+        return False  # whatever is wrong here is told by the group itself, as the reason of its rows
 
 
 def fit_groups(resolved: ResolvedTrial, cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -79,6 +92,8 @@ def run_group(
                     prediction = fitted.predict(cell)
                 row = score_cell(resolved, cell, data[cell.category], prediction, bool(stored[cell]), store, settings)
                 store.publish_row(row)
+                if settings.pictures:
+                    _draw(store, row, prediction, data[cell.category], resolved, notify)
             except Exception as error:
                 open_cells.remove(cell)
                 yield from _save_failed(store, resolved.trial, [cell], error, settings)
@@ -113,7 +128,7 @@ def score_cell(
     store: Store,
     settings: RunSettings,
 ) -> ResultRow:
-    """Metrics of one cell as a row; image scores and a contact sheet are saved beside it for reports."""
+    """Metrics of one cell as a row; the image scores behind them are saved for reports and comparisons."""
     start = time.perf_counter()
     own_score = resolved.trial.protocol.score_reduction == "method"
     truth = None
@@ -129,11 +144,25 @@ def score_cell(
     }
     store.publish_scores(cell.cell_id, columns)
     costs = {**prediction.facts["costs"], "evaluate_seconds": round(time.perf_counter() - start, 4)}
-    row = finished_row(resolved, cell, data, result, prediction.facts, costs, rescored, settings)
-    if settings.pictures:
+    return finished_row(resolved, cell, data, result, prediction.facts, costs, rescored, settings)
+
+
+def _draw(
+    store: Store,
+    row: ResultRow,
+    prediction: StoredPrediction,
+    data: CategoryData,
+    resolved: ResolvedTrial,
+    notify: Notify,
+) -> None:
+    """The contact sheet of a cell whose row is saved; a picture that fails costs no number, a report draws it again."""
+    scores = store.load_scores(row.cell_id)
+    try:
+        assert scores is not None
         smoothing = float(resolved.protocol.smoothing)
-        publish_sheet(store, row, prediction, data.test, result.image_scores, resolved.preprocessing, smoothing)
-    return row
+        publish_sheet(store, row, prediction, data.test, scores["image_score"], resolved.preprocessing, smoothing)
+    except Exception as error:
+        notify(row.category, f"no picture: {type(error).__name__}: {error}", 0, 1)
 
 
 def _count_attempt(cells: Sequence[Cell], store: Store, settings: RunSettings) -> None:

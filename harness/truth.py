@@ -18,7 +18,7 @@ import numpy as np
 from harness.contracts import Preprocessing, Sample
 from harness.datasets.images import load_mask
 from harness.identity import content_id
-from harness.metrics import label_regions
+from harness.metrics import METRIC_VERSION, label_regions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def load_truth(test: Sequence[Sample], truth_id: str, preprocessing: Preprocessi
         AdgridError: a mask that cannot be read or has another size than its image.
     """
     size = preprocessing.image_size
-    path = Path(cache_dir) / "truth" / f"{content_id([truth_id, size, preprocessing.resize])}.npz"
+    path = Path(cache_dir) / "truth" / f"{content_id([METRIC_VERSION, truth_id, size, preprocessing.resize])}.npz"
     try:
         with np.load(path) as stored:
             return Truth(size, stored["starts"], stored["pixels"], stored["labels"])

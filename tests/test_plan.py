@@ -108,3 +108,30 @@ def test_paths_of_a_space_are_absolute_for_workers(run, tmp_path, monkeypatch):
 def test_a_space_whose_points_are_all_excluded_is_refused(run):
     with pytest.raises(AdgridError, match="leaves nothing to run"):
         run.plan(SPACE + "exclude: [{method: toy_features}]\n")
+
+
+def test_grid_points_that_mean_the_same_are_one_trial(run):
+    doubled = SPACE.replace("[toy_features]", "[toy_features, {name: toy_features, params: {scale: [1.0, 2.0]}}]")
+    plan = run.plan(doubled + "include: [{datasets: [{name: toy_squares, shots: [null]}]}]\n")
+    assert len(plan.trials) == 2
+    assert len(plan.cell_ids) == len(set(plan.cell_ids)) == 6
+
+
+def test_one_dataset_name_for_two_places_is_refused(run):
+    with pytest.raises(AdgridError, match="two places"):
+        run.plan(SPACE + "include: [{datasets: [{name: toy_squares, root: /elsewhere}]}]\n")
+
+
+def test_a_category_that_no_dataset_has_is_named(run):
+    with pytest.raises(AdgridError, match="no dataset of the space has 'smal'; did you mean 'small'"):
+        run.plan(SPACE + "categories: [large, smal]\n")
+
+
+def test_an_image_size_that_does_not_fit_the_backbone_is_found_by_the_plan(run):
+    with pytest.raises(AdgridError, match="100"):
+        run.plan(SPACE.replace("toy_resnet", "vit_tiny_patch16_224").replace("image_size: 64", "image_size: 100"))
+
+
+def test_a_parameter_that_is_no_number_is_refused(run):
+    with pytest.raises(AdgridError, match="NaN and infinity"):
+        run.plan(SPACE.replace("[toy_features]", "[{name: toy_features, params: {scale: .inf}}]"))

@@ -32,6 +32,13 @@ def test_exclude_removes_what_matches_all_of_a_rule():
     assert {p.params.get("coreset_ratio") for p in points} == {None, 0.01}
 
 
+def test_exclude_knows_the_defaults_of_parameters():
+    text = SPACE.replace("{coreset_ratio: [0.01, 0.1]}", "{num_neighbours: [1, 3]}")
+    assert {p.method.name for p in grid_points(parse_space(text + "exclude: [{params.coreset_ratio: 0.1}]\n"))} == {
+        "padim"
+    }
+
+
 def test_include_adds_a_grid_and_no_doubles():
     text = SPACE + "include:\n  - {methods: [padim], seeds: [0, 7], datasets: [generated]}\n"
     points = grid_points(parse_space(text))
@@ -64,6 +71,11 @@ def test_include_adds_a_grid_and_no_doubles():
         (("seeds: [0, 1]", "protocol: {image_size: 224, resize: 200}"), ["resize 200", "224"]),
         (("[tf_efficientnet_lite0, tf_efficientnet_lite1]", "[resnet18, resnet18]"), ["'resnet18' stands there twice"]),
         (("methods:", "methods: ["), ["not valid YAML"]),
+        (("name: small", "name: small\ndescription: 2024-13-01"), ["not valid YAML", "month"]),
+        (("seeds: [0, 1]", "seeds: [0]\nname: other"), ["line 11", "'name'", "line 2"]),
+        (("seeds: [0, 1]", "protocol: {smoothing: .inf}"), ["smoothing", "line 10"]),
+        (("seeds: [0, 1]", "representations: []"), ["representations", "line 10"]),
+        (("seeds: [0, 1]", "exclude: [{method: padimm}]"), ["unknown method 'padimm'", "'padim'", "line 10"]),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(change, expected):

@@ -304,3 +304,37 @@ def test_a_trial_that_asks_for_an_accelerator_never_falls_back_silently(run, mon
     rows = run(SPACE + "resources: {gpu: 1}\n")
     assert {row.status for row in rows.values()} == {"failed"}
     assert "sees no accelerator" in rows["small"].reason
+
+
+def test_a_picture_that_fails_costs_no_number(run, monkeypatch):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("harness.trial.publish_sheet", fail)
+    rows = run(pictures=True)
+    assert {row.status for row in rows.values()} == {"ok"}
+    assert any("no picture: OSError" in stage for _, stage, _, _ in run.notes)
+
+
+def test_a_restarted_trial_keeps_the_reason_of_what_failed_before(run, tmp_path):
+    plan = run.plan(BROKEN.replace("HOW", "fit").replace("NOTE", str(tmp_path / "fits")))
+    settings = run.settings(plan)
+    for _ in range(4):  # the worker died four times, after the cell had failed
+        rows = list(run_trial(plan.trials[0], settings))
+    assert rows == []
+    (failed,) = [row for row in run.store.load_rows().values() if row.status == "failed"]
+    assert failed.reason.startswith("RuntimeError: the fit was told to fail")
+    assert (tmp_path / "fits").read_text().count("fit") == 1
+
+
+def test_what_a_method_draws_without_a_name_depends_on_its_cell_alone(run, monkeypatch):
+    import torch
+    from adgrid_example.methods import FeatureMean
+
+    fit, drawn = FeatureMean.fit, []
+    monkeypatch.setattr(FeatureMean, "fit", lambda self, train: (drawn.append(float(torch.rand(()))), fit(self, train)))
+    run()
+    torch.rand(17)
+    run(overrides=["methods.toy_features.params.scale=2.0"])
+    assert drawn[:3] == drawn[3:]
+    assert len(set(drawn[:3])) == 3
