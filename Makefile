@@ -10,7 +10,7 @@ DATA ?= ../shared/data
 OTHERS := .venv-others
 BENCHES := coreset neighbours metrics padim extraction cell
 
-.PHONY: run test test-fast check format ui plan clean bench $(addprefix bench-,$(BENCHES))
+.PHONY: run test test-fast check format ui plan clean bench $(addprefix bench-,$(BENCHES)) bench-cell-padim bench-cell-patchcore
 
 run: $(VENV)/.installed
 	$(BIN)/adgrid run $(SPACE) --root $(ROOT)
@@ -39,17 +39,21 @@ ui: $(VENV)/.installed
 bench: $(addprefix bench-,$(BENCHES))
 
 bench-coreset bench-metrics bench-padim: bench-%: $(VENV)/.installed $(OTHERS)/.installed
+	@mkdir -p $(ROOT)
 	$(BIN)/python benchmarks/$*.py --data-root $(DATA) --anomalib-python $(OTHERS)/bin/python --json $(ROOT)/bench-$*.json
 
 bench-neighbours: $(VENV)/.installed $(OTHERS)/.installed
+	@mkdir -p $(ROOT)
 	$(BIN)/python benchmarks/neighbours.py --data-root $(DATA) --faiss-python $(OTHERS)/bin/python --json $(ROOT)/bench-neighbours.json
 
 bench-extraction: $(VENV)/.installed
+	@mkdir -p $(ROOT)
 	$(BIN)/python benchmarks/extraction.py --data-root $(DATA) --json $(ROOT)/bench-extraction.json
 
-bench-cell: $(VENV)/.installed $(OTHERS)/.installed
-	$(BIN)/python benchmarks/cell.py --data-root $(DATA) --method padim --anomalib-python $(OTHERS)/bin/python --json $(ROOT)/bench-cell-padim.json
-	$(BIN)/python benchmarks/cell.py --data-root $(DATA) --method patchcore --anomalib-python $(OTHERS)/bin/python --json $(ROOT)/bench-cell-patchcore.json
+bench-cell: bench-cell-padim bench-cell-patchcore
+
+bench-cell-padim bench-cell-patchcore: bench-cell-%: $(VENV)/.installed $(OTHERS)/.installed
+	$(BIN)/python benchmarks/cell.py --data-root $(DATA) --method $* --anomalib-python $(OTHERS)/bin/python --json $(ROOT)/bench-cell-$*.json
 
 $(OTHERS)/.installed:
 	$(PYTHON) -m venv $(OTHERS)
