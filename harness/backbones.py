@@ -11,10 +11,9 @@ This is the only module that imports timm.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from importlib.metadata import version
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from harness.backbone_table import BACKBONES, BackboneRow, ResolvedBackbone
 from harness.contracts import AdgridError, LevelChoice, derive_seed
 from harness.identity import content_id
-from harness.registry import plugin_backbones
+from harness.registry import did_you_mean, plugin_backbones
 from harness.taps import (
     PixelNorm,
     TrainableBackbone,
@@ -114,14 +113,10 @@ def _find_row(name: str) -> BackboneRow:
         return BackboneRow(architecture=name, summary="model of timm")
     everything = {*backbone_names(), *timm.list_models(), *timm.list_models(pretrained=True)}
     raise AdgridError(
-        f"unknown backbone {name!r}{_nearest(name, everything)}; named backbones: {', '.join(backbone_names())}; "
+        f"unknown backbone {name!r}{did_you_mean(name, everything, num=3)}; "
+        f"named backbones: {', '.join(backbone_names())}; "
         "any other model of timm works by its name"
     )
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(other) for other in near)}?" if near else ""
 
 
 def _pretrained_config(architecture: str, name: str) -> Any:
@@ -418,7 +413,7 @@ def check_layers(resolved: ResolvedBackbone, layers: Sequence[str | int]) -> tup
             names.append(text)
         else:
             raise AdgridError(
-                f"backbone {resolved.name!r} has no layer {text!r}{_nearest(text, modules)}; "
+                f"backbone {resolved.name!r} has no layer {text!r}{did_you_mean(text, modules, num=3)}; "
                 f"its feature levels: {', '.join(known)}"
             )
     if not names or len(set(names)) < len(names):

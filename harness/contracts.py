@@ -447,7 +447,7 @@ class RunSettings:
     pictures: bool = True
     """Draw a contact sheet for every cell."""
     save_fitted: bool = False
-    """Keep the fitted state of every method as an artifact under its prediction id."""
+    """Keep the fitted state of every method as an artifact."""
     batch_size: int = 32
     """Images per forward pass outside training."""
 
@@ -488,7 +488,3 @@ class ResultRow:
     reason: str = ""
     """Why a row is not ok: error class and message."""
     traceback: str = ""
-
-    def pixel_metrics_available(self) -> bool:
-        """Whether the category has masks, so that pixel metrics exist."""
-        return any(name.startswith("pixel_") or name == "aupro" for name in self.metrics)

@@ -26,11 +26,16 @@ DATASET_GROUP = "adgrid.datasets"
 BACKBONE_GROUP = "adgrid.backbones"
 
 
+def did_you_mean(name: str, known: Iterable[str], num: int = 2) -> str:
+    """`; did you mean 'x'?` with the nearest known names, or nothing where none is near."""
+    near = difflib.get_close_matches(name, sorted(known), n=num, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(other) for other in near)}?" if near else ""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` with the nearest known name, then the whole list if it is short enough to read."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    hint = did_you_mean(name, names)
     listing = ", ".join(names) if len(names) <= 40 else ", ".join(names[:40]) + ", ..."
     return f"{hint} known: {listing}" if hint else f"; known: {listing}"
 
@@ -128,9 +133,15 @@ def method_fields(method: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(method.Config)}
 
 
+@cache
+def _adapter(config: type) -> TypeAdapter[Any]:
+    # Building one costs more than using it, and a plan checks every grid point.
+    return TypeAdapter(config)
+
+
 def build_config(method: Any, params: Mapping[str, Any]) -> Any:
     """The method's `Config` from plain values. Raises pydantic's ValidationError (a ValueError) on a wrong one."""
-    return TypeAdapter(method.Config).validate_python(dict(params))
+    return _adapter(method.Config).validate_python(dict(params))
 
 
 def check_params(name: str, params: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -145,7 +156,7 @@ def check_params(name: str, params: Mapping[str, Any], where: str) -> dict[str, 
         if key not in fields:
             raise AdgridError(f"{where}.{key}: method {name!r} has no parameter {key!r}{suggest(key, fields)}")
     try:
-        return TypeAdapter(method.Config).dump_python(build_config(method, params), mode="json")
+        return _adapter(method.Config).dump_python(build_config(method, params), mode="json")
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"] if part in fields)

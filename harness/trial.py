@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from harness.contracts import Cell, ResultRow, RunSettings, Trial
 from harness.evaluate import evaluate
 from harness.fitting import FittedMethod, Notify, is_being_extracted
@@ -77,31 +79,29 @@ def run_group(
     resolved: ResolvedTrial, cells: list[Cell], store: Store, settings: RunSettings, notify: Notify
 ) -> Iterator[ResultRow]:
     """Fits once and scores each cell; a cell whose raw predictions are stored is only scored again."""
-    open_cells = list(cells)
     try:
         _count_attempt(cells, store, settings)
         notify(cells[0].category, "reading images", 0, 1)
         data = read_group(resolved, cells, settings)
         stored = {cell: store.load_prediction(cell.prediction_id) for cell in cells}
         fitted = None if all(stored.values()) else FittedMethod(resolved, data, store, settings, notify)
-        for cell in cells:
-            try:
-                prediction = stored[cell]
-                if prediction is None:
-                    assert fitted is not None
-                    prediction = fitted.predict(cell)
-                row = score_cell(resolved, cell, data[cell.category], prediction, bool(stored[cell]), store, settings)
-                store.publish_row(row)
-                if settings.pictures:
-                    _draw(store, row, prediction, data[cell.category], resolved, notify)
-            except Exception as error:
-                open_cells.remove(cell)
-                yield from _save_failed(store, resolved.trial, [cell], error, settings)
-            else:
-                open_cells.remove(cell)
-                yield row
     except Exception as error:
-        yield from _save_failed(store, resolved.trial, open_cells, error, settings)
+        yield from _save_failed(store, resolved.trial, cells, error, settings)
+        return
+    for cell in cells:
+        images, prediction = data[cell.category], stored[cell]
+        try:
+            if prediction is None:
+                assert fitted is not None
+                prediction = fitted.predict(cell)
+            row, scores = score_cell(resolved, cell, images, prediction, bool(stored[cell]), store, settings)
+            store.publish_row(row)
+        except Exception as error:
+            yield from _save_failed(store, resolved.trial, [cell], error, settings)
+        else:
+            if settings.pictures:
+                _draw(store, row, prediction, images, scores, resolved, notify)
+            yield row
 
 
 def read_group(resolved: ResolvedTrial, cells: Sequence[Cell], settings: RunSettings) -> dict[str, CategoryData]:
@@ -127,8 +127,8 @@ def score_cell(
     rescored: bool,
     store: Store,
     settings: RunSettings,
-) -> ResultRow:
-    """Metrics of one cell as a row; the image scores behind them are saved for reports and comparisons."""
+) -> tuple[ResultRow, np.ndarray]:
+    """Metrics of one cell as a row, and the image scores behind them, which are saved for reports and comparisons."""
     start = time.perf_counter()
     own_score = resolved.trial.protocol.score_reduction == "method"
     truth = None
@@ -144,7 +144,8 @@ def score_cell(
     }
     store.publish_scores(cell.cell_id, columns)
     costs = {**prediction.facts["costs"], "evaluate_seconds": round(time.perf_counter() - start, 4)}
-    return finished_row(resolved, cell, data, result, prediction.facts, costs, rescored, settings)
+    row = finished_row(resolved, cell, data, result, prediction.facts, costs, rescored, settings)
+    return row, result.image_scores
 
 
 def _draw(
@@ -152,15 +153,14 @@ def _draw(
     row: ResultRow,
     prediction: StoredPrediction,
     data: CategoryData,
+    image_scores: np.ndarray,
     resolved: ResolvedTrial,
     notify: Notify,
 ) -> None:
     """The contact sheet of a cell whose row is saved; a picture that fails costs no number, a report draws it again."""
-    scores = store.load_scores(row.cell_id)
     try:
-        assert scores is not None
         smoothing = float(resolved.protocol.smoothing)
-        publish_sheet(store, row, prediction, data.test, scores["image_score"], resolved.preprocessing, smoothing)
+        publish_sheet(store, row, prediction, data.test, image_scores, resolved.preprocessing, smoothing)
     except Exception as error:
         notify(row.category, f"no picture: {type(error).__name__}: {error}", 0, 1)
 
