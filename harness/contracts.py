@@ -125,7 +125,11 @@ class Dataset(Protocol):
     root: str
 
     def __init__(self, name: str, root: str | None, places: Places) -> None:
-        """Args: name as used in rows; root folder, or None for the default place of this dataset."""
+        """Args: name as used in rows; root folder, or None for the default place of this dataset.
+
+        A layout that is published with several splits names them in a class attribute `variants` (name -> one line,
+        the default first) and takes one as a fourth argument `variant`.
+        """
 
     def missing(self) -> str | None:
         """Why the data is not here and how to get it, or None when it is. Reads no image."""
@@ -319,24 +323,67 @@ class Method(Protocol):
         """Restores `state_dict()`; afterwards `predict` gives the same numbers."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which part of a training step this worker computes. With one worker it is all of it."""
+
+    epoch: int
+    """Counted from 0."""
+    step: int
+    """Number of the batch within the epoch, from 0; the same on every worker."""
+    num_images: int
+    """Images of the whole batch, over all workers."""
+    positions: tuple[int, ...]
+    """Places of this worker's images in the whole batch, each in [0, num_images); never empty."""
+
+
 class Trainable(Protocol):
-    """Something with gradients that `training.py` can run; knows nothing of predict."""
+    """A stage with gradients, run by `training.py` on any number of workers; a stage derives from this class.
+
+    It holds the mathematics alone: no devices but the context's, no loops over epochs, no distribution, no precision,
+    no checkpoints. Its numbers must not depend on the number of workers: what it draws is drawn for the whole batch or
+    for one image (`methods.components.draws`), and what it yields is its share of the batch's loss.
+    """
 
     name: str
     epochs: int
     batch_size: int
     """Images per step over all workers together."""
+    module: nn.Module
+    """Holds every parameter that is trained, and no other that needs a gradient."""
+    clip_norm: float | None = None
+    """Largest norm of all gradients together; None leaves them as they are."""
 
-    def configure_optimizers(self) -> torch.optim.Optimizer: ...
+    def configure_optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """Fresh optimisers over the parameters of `module`, with the rates that a schedule factor of 1 stands for."""
+        raise NotImplementedError
 
-    def begin_epoch(self, loader: Any, epoch: int) -> None: ...
+    def lr_factor(self, progress: float) -> float:
+        """Learning rate as a factor, at a point of the training given in epochs: 2.5 is the middle of the third."""
+        return 1.0
 
-    def losses(self, batch: Batch) -> Iterator[Tensor]:
-        """One optimiser step is made after each yielded scalar."""
+    def begin_epoch(self, train: Split, epoch: int) -> None:
+        """Prepares an epoch, with all training images at hand (the same on every worker); nothing by default."""
 
-    def state_dict(self) -> dict[str, Tensor]: ...
+    def losses(self, batch: Batch, share: Share) -> Iterator[Tensor]:
+        """Yields scalars; an optimiser step follows each.
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+        The step's loss is the sum over workers of what they yield, so a mean over images is their sum divided by
+        `share.num_images`. Every worker yields equally often. Batches of an epoch differ by one image at most in size.
+
+        Args:
+            batch: this worker's images.
+            share: which part of the whole batch they are.
+        """
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the trained stage is: the module's state, and whatever else it has learned."""
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores `state_dict()`."""
+        self.module.load_state_dict(state)
 
 
 @runtime_checkable
@@ -389,6 +436,8 @@ class DatasetRef:
     layout: str
     root: str | None = None
     """None: the default place of the layout under the data root."""
+    variant: str | None = None
+    """Which of the layout's published splits; None for its default."""
 
 
 @dataclass(frozen=True, kw_only=True)

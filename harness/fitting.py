@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -18,8 +17,8 @@ from harness.identity import content_id
 from harness.image_split import ImageSplit
 from harness.measure import Meter
 from harness.resolve import CategoryData, ResolvedTrial
+from harness.stages import seed_everything, train_stage
 from harness.store import Store, StoredPrediction
-from harness.training import train_stage
 
 Notify = Callable[[str, str, int, int], None]
 """Progress inside a cell: (category, what is being done, done, in all)."""
@@ -74,11 +73,11 @@ class FittedMethod:
         train = self._split(samples, "train", self._meter)
         self._notify("fitting", 0, 1)
         with self._meter.timed("fit_seconds"):
-            _seed_everything(context.seed_of("everything else"))
+            seed_everything(context.seed_of("everything else"))
             self._method = resolved.method(resolved.config, context)
             if hasattr(self._method, "stages"):
                 self._train_stages(train, context.seed_of("epoch order"))
-            _seed_everything(context.seed_of("fit"))
+            seed_everything(context.seed_of("fit"))
             self._method.fit(train)
         self._num_train = len(train)
         if settings.save_fitted:
@@ -189,20 +188,13 @@ class FittedMethod:
             def report(done: int, total: int, loss: float, name: str = stage.name) -> None:
                 self._notify(f"{name}, loss {loss:.4g}, epoch", done, total)
 
-            _seed_everything(derive_seed(seed, stage.name))
-            train_stage(stage, train, seed, report)
+            seed_everything(derive_seed(seed, stage.name))
+            train_stage(stage, train, seed, device=self._device, report=report)
             self._store.publish_state(artifact, stage.state_dict())
 
     def _machine(self) -> dict[str, str]:
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.machine()
         return {"device": self._device.type, "device_name": name}
-
-
-def _seed_everything(seed: int) -> None:
-    """Seeds the global generators: what a method draws without a name depends on its cell, not on what ran before."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries still draw from it)
-    random.seed(seed)
 
 
 def pick_device(resources: Resources) -> torch.device:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from harness.backbones import check_layers, choose_layers, level_shapes, resolve_backbone
-from harness.contracts import AdgridError, Dataset, DatasetRef, Places, ResultRow, Trial
+from harness.contracts import AdgridError, Dataset, Places, ResultRow, Trial
 from harness.identity import content_id
-from harness.registry import check_params, load_dataset_class, load_method, suggest
+from harness.registry import build_dataset, check_params, load_method, suggest
 from harness.resolve import CategoryData, identify_cells, read_category, resolve_trial
 from harness.space import BackboneEntry, DatasetEntry, GridPoint, Space, grid_points
 
@@ -143,7 +143,7 @@ class _Reader:
     def _dataset(self, entry: DatasetEntry) -> Dataset | str:
         key = repr(entry)
         if key not in self._datasets:
-            dataset = load_dataset_class(entry.layout_name)(entry.name, entry.root, self._places)
+            dataset = build_dataset(entry.ref(), self._places)
             reason = dataset.missing()
             if not reason:
                 dataset.prepare()
@@ -181,7 +181,7 @@ class _Reader:
             content_id(params)
         except ValueError:
             raise AdgridError(f"{where}: NaN and infinity are no parameters, got {dict(point.params)}") from None
-        root = None if point.dataset.root is None else _absolute(point.dataset.root)
+        ref = point.dataset.ref()
         trial = Trial(
             trial_id="",
             method=point.method.name,
@@ -190,7 +190,7 @@ class _Reader:
             layers=layers,
             weights=weights,
             representation=point.representation,
-            dataset=DatasetRef(name=dataset.name, layout=point.dataset.layout_name, root=root),
+            dataset=dataclasses.replace(ref, root=None if ref.root is None else _absolute(ref.root)),
             categories=self._categories(point.dataset, dataset),
             shots=point.shots,
             seed=point.seed,

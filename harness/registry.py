@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from harness.contracts import AdgridError
+from harness.contracts import AdgridError, Dataset, DatasetRef, Places
 
 METHOD_GROUP = "adgrid.methods"
 DATASET_GROUP = "adgrid.datasets"
@@ -117,6 +117,18 @@ def dataset_layouts() -> tuple[str, ...]:
 def load_dataset_class(layout: str) -> Any:
     """The class that reads a layout. Raises AdgridError with the nearest names if it is unknown."""
     return _load("dataset layout", layout, "harness.datasets", "DATASET", DATASET_GROUP)
+
+
+def build_dataset(ref: DatasetRef, places: Places) -> Dataset:
+    """The dataset behind a reference; touches no file. Raises AdgridError on an unknown layout or variant."""
+    layout = load_dataset_class(ref.layout)
+    if ref.variant is None:
+        return layout(ref.name, ref.root, places)
+    variants = getattr(layout, "variants", {})
+    if ref.variant not in variants:
+        hint = suggest(ref.variant, variants) if variants else "; it has none, leave the field out"
+        raise AdgridError(f"dataset {ref.name!r}: layout {ref.layout!r} has no variant {ref.variant!r}{hint}")
+    return layout(ref.name, ref.root, places, ref.variant)
 
 
 def plugin_backbones() -> dict[str, EntryPoint]:

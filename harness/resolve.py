@@ -26,7 +26,7 @@ from harness.datasets.fingerprint import content_hashes, draw_shots
 from harness.feature_store import FEATURES_VERSION
 from harness.identity import content_id, images_fingerprint, truth_fingerprint
 from harness.metrics import METRIC_VERSION
-from harness.registry import build_config, load_dataset_class, load_method, method_version
+from harness.registry import build_config, build_dataset, load_method, method_version
 
 PAPER_IMAGE_SIDE = 224
 """Pixels at which the methods' smoothing sigmas are given."""
@@ -63,7 +63,7 @@ class ResolvedTrial:
 
 def open_dataset(ref: DatasetRef, places: Places) -> Dataset:
     """The dataset behind a reference, generated first if it can be. Raises AdgridError if it is not here."""
-    dataset: Dataset = load_dataset_class(ref.layout)(ref.name, ref.root, places)
+    dataset = build_dataset(ref, places)
     reason = dataset.missing()
     if reason:
         raise AdgridError(f"dataset {ref.name!r}: {reason}")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from harness.contracts import AdgridError, EvaluationProtocol, Resources, ScoreReduction
+from harness.contracts import AdgridError, DatasetRef, EvaluationProtocol, Resources, ScoreReduction
 from harness.registry import check_params, dataset_layouts, method_names, suggest
 
 Layer = str | int
@@ -60,6 +60,8 @@ class DatasetEntry(_Strict):
     name: Name
     layout: str | None = None
     root: str | None = None
+    variant: str | None = None
+    """Which of the layout's published splits, where it has several."""
     categories: tuple[Name, ...] | None = None
     shots: tuple[int | None, ...] | None = None
     """Overrides the space's `shots` for this dataset."""
@@ -72,6 +74,10 @@ class DatasetEntry(_Strict):
     @property
     def layout_name(self) -> str:
         return self.layout or self.name
+
+    def ref(self) -> DatasetRef:
+        """The dataset without what the space picks of it."""
+        return DatasetRef(name=self.name, layout=self.layout_name, root=self.root, variant=self.variant)
 
 
 class ProtocolEntry(_Strict):

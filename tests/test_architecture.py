@@ -10,7 +10,7 @@ REPO = Path(__file__).parents[1]
 LAYERS = [
     ["contracts"],
     ["registry", "identity", "measure", "maps", "metrics", "store", "datasets"],
-    ["taps", "backbone_table", "weights", "backbones", "feature_store", "image_split", "features", "training"],
+    ["taps", "backbone_table", "weights", "backbones", "feature_store", "image_split", "features", "stages"],
     ["matrices", "tables", "figures", "truth", "resolve", "evaluate", "rows", "fitting", "sheets"],
     ["trial"],
     ["space", "plan", "progress"],

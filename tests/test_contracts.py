@@ -8,7 +8,7 @@ from torch import nn
 
 from harness.contracts import AdgridError, Batch, Context, SampleKey, derive_seed
 from harness.registry import build_config, load_method, method_names, method_version
-from harness.training import train_stage
+from harness.stages import train_stage
 
 SIZE = (32, 32)
 SHAPES = ((8, 8, 8), (12, 4, 4))

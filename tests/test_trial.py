@@ -226,7 +226,7 @@ def test_a_stage_is_trained_once_and_reloaded(run, monkeypatch):
 
     steps = []
     losses = methods._Tuning.losses
-    monkeypatch.setattr(methods._Tuning, "losses", lambda self, batch: (steps.append(1), losses(self, batch))[1])
+    monkeypatch.setattr(methods._Tuning, "losses", lambda self, *args: (steps.append(1), losses(self, *args))[1])
     space = SPACE.replace("toy_features", "toy_tuned") + "categories: [small]\n"
     first = run(space)
     assert len(steps) == 2  # six images in batches of four

@@ -77,8 +77,12 @@ class LayoutDataset(ABC):
     expected: ClassVar[Mapping[str, Counts]] = {}
     """Published counts per category; empty where there are none to compare with."""
 
-    def __init__(self, name: str, root: str | None, places: Places) -> None:
+    variants: ClassVar[Mapping[str, str]] = {}
+    """Published splits of the same images: name -> one line, the default first; empty where there is one alone."""
+
+    def __init__(self, name: str, root: str | None, places: Places, variant: str | None = None) -> None:
         self.name = name
+        self.variant = variant or next(iter(self.variants), None)
         self.root = self.find_root(root, places)
 
     def find_root(self, root: str | None, places: Places) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from harness.contracts import LevelChoice, Prediction
+from harness.contracts import LevelChoice, Prediction, Trainable
 
 METHOD_VERSION = 1
 
@@ -134,27 +134,19 @@ class TunedMean(_Mean):
         self.context.backbone.load_state_dict(own)
 
 
-class _Tuning:
+class _Tuning(Trainable):
     """Draws the features of each batch together."""
 
     name = "tuning"
     batch_size = 4
 
     def __init__(self, backbone: nn.Module, config):
-        self.backbone, self.config, self.epochs = backbone, config, config.epochs
+        self.module, self.config, self.epochs = backbone, config, config.epochs
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.backbone.parameters(), lr=self.config.learning_rate)
+        return [torch.optim.SGD(self.module.parameters(), lr=self.config.learning_rate)]
 
-    def begin_epoch(self, loader, epoch):
-        self.epoch = epoch
-
-    def losses(self, batch):
-        features = self.backbone(batch.images)[0]
-        yield (features - features.mean(dim=0, keepdim=True).detach()).square().mean()
-
-    def state_dict(self):
-        return self.backbone.state_dict()
-
-    def load_state_dict(self, state):
-        self.backbone.load_state_dict(state)
+    def losses(self, batch, share):
+        features = self.module(batch.images)[0]
+        spread = (features - features.mean(dim=0, keepdim=True).detach()).square().mean()
+        yield spread * len(batch) / share.num_images

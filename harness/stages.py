@@ -1,0 +1,222 @@
+"""The training loop: runs one stage over its images, alone or as one of several workers.
+
+The numbers of a stage do not depend on how many workers share it: batches are those of one worker, cut into shares, and
+gradients are summed over workers. Nothing here knows Ray; whoever starts the workers has set up `torch.distributed`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from harness.contracts import Share, Split, Trainable, derive_seed
+
+Precision = Literal["float32", "bfloat16"]
+EpochReport = Callable[[int, int, float], None]
+"""Called after each epoch with (epochs done, epochs in all, mean loss)."""
+
+
+class TrainingError(RuntimeError):
+    """A stage cannot go on: no step of an epoch had finite gradients."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who shares a stage: this worker's number among how many."""
+
+    rank: int = 0
+    size: int = 1
+
+
+class Checkpoints(Protocol):
+    """Where the state of a running stage is kept between epochs."""
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest state, the same on every worker; None at the beginning."""
+
+    def save(self, make_state: Callable[[], dict[str, Any]], last: bool) -> None:
+        """Keeps a state, or passes where one was kept a moment ago. Called by every worker after every epoch."""
+
+
+def train_stage(
+    stage: Trainable,
+    train: Split,
+    seed: int,
+    *,
+    workers: Workers = Workers(),
+    device: torch.device | None = None,
+    precision: Precision = "float32",
+    checkpoints: Checkpoints | None = None,
+    report: EpochReport = lambda *_: None,
+) -> list[float]:
+    """Trains one stage; with several workers, all of them call this at the same time.
+
+    A step whose gradients are not finite on any worker becomes a step with zero gradients on all of them, as if its
+    loss were zero times the sum of the parameters.
+
+    Args:
+        stage: what to train; one optimiser step follows each loss it yields.
+        train: normal training images, the same on every worker.
+        seed: fixes the order of the images and every global draw.
+        workers: this worker's place among all; more than one need an initialised process group.
+        device: where the module is; None for the processor.
+        precision: of the forward pass; parameters, gradients and optimisers are float32.
+        checkpoints: makes the stage go on where it was interrupted; None starts anew.
+        report: called after every epoch.
+
+    Returns:
+        The mean loss of each epoch, over its steps with finite gradients.
+
+    Raises:
+        TrainingError: an epoch without a single finite step.
+        ValueError: fewer images than workers.
+    """
+    device = device or torch.device("cpu")
+    optimizers = list(stage.configure_optimizers())
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    history: list[float] = []
+    state = checkpoints.load() if checkpoints is not None else None
+    if state is not None:
+        stage.load_state_dict(state["stage"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        history = list(state["history"])
+    next_loss = _NextLoss(stage.module, device, precision)
+    ask = _distribute(next_loss, workers)
+    for epoch in range(len(history), stage.epochs):
+        # Seeded anew each epoch, so that a stage that goes on draws what an undisturbed one would have drawn.
+        seed_everything(derive_seed("epoch", seed, stage.name, epoch, workers.rank))
+        stage.module.train()
+        stage.begin_epoch(train, epoch)
+        sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, finite steps, all steps
+        batches = epoch_batches(len(train), stage.batch_size, seed, epoch)
+        for step, places in enumerate(batches):
+            positions = tuple(range(workers.rank, len(places), workers.size))
+            if not positions:
+                raise ValueError(
+                    f"stage {stage.name!r}: a batch of {len(places)} images cannot be shared by {workers.size} workers; "
+                    f"use fewer workers or a larger batch size"
+                )
+            share = Share(epoch=epoch, step=step, num_images=len(places), positions=positions)
+            _set_rates(optimizers, rates, stage.lr_factor(epoch + step / len(batches)))
+            losses = stage.losses(train.take([places[position] for position in positions]), share)
+            while True:
+                try:
+                    loss = ask(losses)
+                except _Exhausted:
+                    break
+                for optimizer in optimizers:
+                    optimizer.zero_grad(set_to_none=True)
+                (loss * workers.size).backward()  # several workers' gradients are averaged, and a sum is wanted
+                finite = _tame_gradients(stage.module, stage.clip_norm)
+                for optimizer in optimizers:
+                    optimizer.step()
+                sums += torch.stack(
+                    [torch.where(finite, loss.detach().double(), 0.0), finite.double(), sums.new_ones(())]
+                )
+        mean = _mean_loss(sums, workers, stage.name, epoch)
+        history.append(mean)
+        report(epoch + 1, stage.epochs, mean)
+        if checkpoints is not None:
+            checkpoints.save(
+                lambda: {
+                    "stage": stage.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "history": list(history),
+                },
+                last=epoch + 1 == stage.epochs,
+            )
+    stage.module.eval()
+    return history
+
+
+def epoch_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Every image once, in an order that depends on seed and epoch alone, in batches that differ by one image at most.
+
+    Args:
+        num_images: images of the split.
+        batch_size: the most images of a batch.
+        seed: of the stage.
+        epoch: counted from 0.
+    """
+    generator = torch.Generator().manual_seed(derive_seed("epoch order", seed, epoch))
+    order = torch.randperm(num_images, generator=generator).tolist()
+    number = math.ceil(num_images / batch_size)
+    bounds = [i * num_images // number for i in range(number + 1)]
+    return [order[start:stop] for start, stop in itertools.pairwise(bounds)]
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators: what is drawn without a name depends on its place, not on what ran before."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries still draw from it)
+    random.seed(seed)
+
+
+class _Exhausted(Exception):
+    """A batch has no further loss."""
+
+
+class _NextLoss(nn.Module):
+    """The next loss of a batch as a forward pass, which is where distributed training prepares its reductions."""
+
+    def __init__(self, module: nn.Module, device: torch.device, precision: Precision) -> None:
+        super().__init__()
+        self.module, self._device_type, self._lower = module, device.type, precision != "float32"
+
+    def forward(self, losses: Iterator[Tensor]) -> Tensor:
+        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._lower):
+            loss = next(losses, None)
+        if loss is None:
+            raise _Exhausted
+        return loss.float()
+
+
+def _distribute(next_loss: _NextLoss, workers: Workers) -> nn.Module:
+    # A loss may reach some of the parameters only (one flow of several), hence the search for unused ones. Batch norms
+    # are frozen or synchronised, so no buffer needs to be sent.
+    if workers.size == 1:
+        return next_loss
+    return DistributedDataParallel(next_loss, broadcast_buffers=False, find_unused_parameters=True)
+
+
+def _set_rates(optimizers: list[torch.optim.Optimizer], rates: list[list[float]], factor: float) -> None:
+    for optimizer, base in zip(optimizers, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = rate * factor
+
+
+def _tame_gradients(module: nn.Module, clip_norm: float | None) -> Tensor:
+    """Clips the gradients to a norm, or zeroes them all if one is not finite; whether they were finite, on the device.
+
+    Gradients are summed over workers by now, so all decide alike without asking each other, and nobody waits for the
+    device.
+    """
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    finite = norm.isfinite()
+    if clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(module.parameters(), clip_norm, norm)
+    for gradient in gradients:
+        gradient.masked_fill_(~finite, 0.0)
+    return finite
+
+
+def _mean_loss(sums: Tensor, workers: Workers, name: str, epoch: int) -> float:
+    """Mean loss of an epoch over all workers. Raises TrainingError if no step was finite."""
+    if workers.size > 1:
+        dist.all_reduce(sums[0])  # every worker counts the same steps
+    total, finite, steps = sums.tolist()
+    if steps and not finite:
+        raise TrainingError(f"stage {name!r}, epoch {epoch + 1}: no step has finite gradients; lower the learning rate")
+    return total / max(finite, 1.0)
