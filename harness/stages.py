@@ -104,7 +104,7 @@ def train_stage(
             positions = tuple(range(workers.rank, len(places), workers.size))
             if not positions:
                 raise ValueError(
-                    f"stage {stage.name!r}: a batch of {len(places)} images cannot be shared by {workers.size} workers; "
+                    f"stage {stage.name!r}: {workers.size} workers cannot share a batch of {len(places)} images; "
                     f"use fewer workers or a larger batch size"
                 )
             share = Share(epoch=epoch, step=step, num_images=len(places), positions=positions)

@@ -9,6 +9,7 @@ from torch import nn
 from harness.contracts import AdgridError, Batch, Context, SampleKey, derive_seed
 from harness.registry import build_config, load_method, method_names, method_version
 from harness.stages import train_stage
+from small_configs import SMALL_CONFIGS
 
 SIZE = (32, 32)
 SHAPES = ((8, 8, 8), (12, 4, 4))
@@ -57,6 +58,11 @@ class TinySplit:
             return Batch(samples=samples, levels=TinyBackbone()(images))
 
 
+def small_config(name):
+    method = load_method(name)
+    return build_config(method, SMALL_CONFIGS.get(name, {}))
+
+
 def make_method(name):
     method = load_method(name)
     backbone = TinyBackbone()
@@ -74,7 +80,7 @@ def make_method(name):
         encode=None if method.backbone_use == "none" else encode,
         make_backbone=TinyBackbone if method.backbone_use == "trained" else None,
     )
-    return method(build_config(method, {}), context)
+    return method(small_config(name), context)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +91,7 @@ def fitted():
     def get(name):
         if name not in made:
             method = make_method(name)
-            train = TinySplit(12, method.inputs(method.Config()), seed=0)
+            train = TinySplit(12, method.inputs(small_config(name)), seed=0)
             for stage in method.stages() if hasattr(method, "stages") else []:
                 train_stage(stage, train, seed=0)
             method.fit(train)
@@ -95,8 +101,8 @@ def fitted():
     return get
 
 
-def query_images(method):
-    return TinySplit(5, method.inputs(method.Config()), seed=1)
+def query_images(name):
+    return TinySplit(5, load_method(name).inputs(small_config(name)), seed=1)
 
 
 def test_methods_are_found():
@@ -125,7 +131,7 @@ def test_a_method_declares_itself(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_prediction_has_the_promised_shape(name, fitted):
     method = fitted(name)
-    prediction = method.predict(query_images(method).take(range(5)))
+    prediction = method.predict(query_images(name).take(range(5)))
     assert prediction.anomaly_map.shape[0] == 5
     assert prediction.anomaly_map.ndim == 3
     assert prediction.anomaly_map.dtype == torch.float32
@@ -138,7 +144,7 @@ def test_a_prediction_has_the_promised_shape(name, fitted):
 @pytest.mark.parametrize("name", METHODS)
 def test_prediction_does_not_depend_on_the_batch(name, fitted):
     method = fitted(name)
-    split = query_images(method)
+    split = query_images(name)
     together = method.predict(split.take(range(5)))
     for index in range(5):
         alone = method.predict(split.take([index]))
@@ -150,7 +156,7 @@ def test_prediction_does_not_depend_on_the_batch(name, fitted):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_painted_defect_scores_higher(name, fitted):
     method = fitted(name)
-    split = query_images(method)
+    split = query_images(name)
     before = method.predict(split.take(range(5))).anomaly_map.flatten(1).amax(dim=1)
     split.images[:, :, 8:20, 8:20] = 1.0
     after = method.predict(split.take(range(5))).anomaly_map.flatten(1).amax(dim=1)
@@ -164,18 +170,18 @@ def test_a_saved_method_predicts_the_same(name, fitted):
     assert all(isinstance(value, torch.Tensor) for value in state.values())
     restored = make_method(name)
     restored.load_state_dict({key: value.clone() for key, value in state.items()})
-    batch = query_images(method).take(range(5))
+    batch = query_images(name).take(range(5))
     torch.testing.assert_close(restored.predict(batch).anomaly_map, method.predict(batch).anomaly_map)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_fitting_twice_gives_the_same_numbers(name, fitted):
     first, second = fitted(name), make_method(name)
-    train = TinySplit(12, second.inputs(second.Config()), seed=0)
+    train = TinySplit(12, second.inputs(small_config(name)), seed=0)
     for stage in second.stages() if hasattr(second, "stages") else []:
         train_stage(stage, train, seed=0)
     second.fit(train)
-    batch = query_images(first).take(range(5))
+    batch = query_images(name).take(range(5))
     torch.testing.assert_close(second.predict(batch).anomaly_map, first.predict(batch).anomaly_map)
 
 
