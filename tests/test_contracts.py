@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from small_configs import SMALL_CONFIGS
 from torch import nn
 
 from harness.contracts import AdgridError, Batch, Context, SampleKey, derive_seed
 from harness.registry import build_config, load_method, method_names, method_version
 from harness.stages import train_stage
-from small_configs import SMALL_CONFIGS
 
 SIZE = (32, 32)
 SHAPES = ((8, 8, 8), (12, 4, 4))
