@@ -179,8 +179,9 @@ class EvaluationProtocol:
     """How a map becomes an image score where the method gives none of its own."""
     aupro_limit: float = 0.3
     """False-positive rate up to which AUPRO integrates, in (0, 1]."""
-    selection: Literal["last", "test_best"] = "last"
-    """Which state of a trained method is scored; `test_best` picks on test data and says so in every matrix."""
+    selection: Literal["last", "lowest_loss", "test_best"] = "last"
+    """Which state of a trained method is scored: of the last epoch, of the one with the lowest mean training loss, or
+    of the one with the best image AUROC on the test images, which every row and matrix then says."""
 
 
 # --- batches ---------------------------------------------------------------------------------------------------
@@ -420,12 +421,15 @@ class Backbone(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What one trial asks of the cluster."""
+    """What one trial asks of the cluster: so much for each of its workers."""
 
     cpu: float = 1.0
     gpu: float = 0.0
     memory_gib: float = 0.0
     workers: int = 1
+    """Processes that train one trial together; 1 for methods without training."""
+    min_workers: int | None = None
+    """Go on with as few when nodes are lost, and with more again when they are back; None for all or nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -463,6 +467,8 @@ class Trial:
     seed: int
     protocol: EvaluationProtocol
     resources: Resources
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward passes of a training."""
     cells: tuple[Cell, ...] = ()
 
 
@@ -499,6 +505,8 @@ class RunSettings:
     """Keep the fitted state of every method as an artifact."""
     batch_size: int = 32
     """Images per forward pass outside training."""
+    checkpoint_seconds: float = 60.0
+    """Least time between two checkpoints of a training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -532,6 +540,8 @@ class ResultRow:
     """Seconds per stage (`fit_seconds`, ...), `images_per_second`, `peak_rss_mib`, `peak_gpu_mib`, counts."""
     provenance: Mapping[str, str] = field(default_factory=dict)
     """Versions, commit, fingerprints, device, host, time."""
+    curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Mean loss of every epoch, per trained stage."""
     stamps: tuple[str, ...] = ()
     """What a reader must be told beside the number, such as `random weights` or `rescored`."""
     reason: str = ""

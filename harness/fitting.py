@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,15 +11,22 @@ import numpy as np
 import torch
 
 from harness.backbones import FrozenBackbone, level_shapes, trainable_backbone
+from harness.checkpoints import StoredCheckpoints
 from harness.contracts import Cell, Context, Resources, RunSettings, Sample, SampleKey, Split, derive_seed
+from harness.evaluate import evaluate
 from harness.feature_store import FeatureStore
 from harness.features import feature_keys, feature_split
 from harness.identity import content_id
 from harness.image_split import ImageSplit
 from harness.measure import Meter
 from harness.resolve import CategoryData, ResolvedTrial
-from harness.stages import seed_everything, train_stage
+from harness.stages import Judge, seed_everything, train_stage
 from harness.store import Store, StoredPrediction
+from harness.workers import ALONE, Workers
+
+MAX_TEST_EVALUATIONS = 100
+"""How often at most a state picked on test data is looked for in one training."""
+_BARS = "▁▂▃▄▅▆▇█"
 
 Notify = Callable[[str, str, int, int], None]
 """Progress inside a cell: (category, what is being done, done, in all)."""
@@ -38,6 +46,7 @@ class FittedMethod:
         store: Store,
         settings: RunSettings,
         notify: Notify,
+        workers: Workers = ALONE,
     ) -> None:
         """Builds the method, trains its stages if it has any, and fits it.
 
@@ -47,9 +56,13 @@ class FittedMethod:
             store: where trained stages are kept.
             settings: caches and sizes.
             notify: told about progress.
+            workers: the processes that do this together; each ends with the same fitted method.
         """
         trial = resolved.trial
         self._resolved, self._data, self._store, self._settings = resolved, data, store, settings
+        self._workers = workers
+        self.curves: dict[str, list[float]] = {}
+        """Mean loss of every epoch, per stage that was trained here."""
         self._notify = partial(notify, ", ".join(data) if len(data) < 3 else f"{len(data)} categories")
         self._device = pick_device(trial.resources)
         self._encoder: FrozenBackbone | None = None
@@ -70,7 +83,7 @@ class FittedMethod:
             make_backbone=self._trainable if resolved.method.backbone_use == "trained" else None,
         )
         samples = [sample for category in data.values() for sample in category.train]
-        train = self._split(samples, "train", self._meter)
+        train = self._shared_split(samples, "train")
         self._notify("fitting", 0, 1)
         with self._meter.timed("fit_seconds"):
             seed_everything(context.seed_of("everything else"))
@@ -80,7 +93,7 @@ class FittedMethod:
             seed_everything(context.seed_of("fit"))
             self._method.fit(train)
         self._num_train = len(train)
-        if settings.save_fitted:
+        if settings.save_fitted and workers.leads:
             store.publish_state(self.artifact_id("fitted"), self._method.state_dict())
 
     def artifact_id(self, name: str) -> str:
@@ -88,10 +101,51 @@ class FittedMethod:
         cells = [cell for cell in self._resolved.trial.cells if cell.category in self._data]
         return content_id([name, [cell.prediction_id for cell in cells]])
 
-    def predict(self, cell: Cell) -> StoredPrediction:
-        """Raw predictions for the test images of one category, saved unless they are too large."""
+    def predict(self, cell: Cell) -> StoredPrediction | None:
+        """Raw predictions for the test images of one category, saved unless they are too large.
+
+        Each worker predicts its share of the images; the leader has all of them, the others get None.
+        """
         meter = self._meter.copy()
-        test = self._split(self._data[cell.category].test, "test", meter)
+        samples, workers = self._data[cell.category].test, self._workers
+        maps, scores = self._predict_together(samples, meter)
+        if not workers.leads:
+            return None
+        costs = meter.costs()
+        costs["images_per_second"] = round(len(maps) / max(costs["predict_seconds"] + costs["read_seconds"], 1e-9), 2)
+        costs |= {
+            "train_images": self._num_train,
+            "test_images": len(maps),
+            "extracted_images": self._extracted,
+            "workers": workers.size,
+        }
+        _check_finite(samples, maps, scores, self._resolved.trial.method)
+        result = StoredPrediction(
+            paths=tuple(sample.path for sample in samples),
+            anomaly_maps=maps,
+            image_scores=scores,
+            facts={
+                "costs": costs,
+                "own_image_score": scores is not None,
+                "curves": self.curves,
+                **self._machine(),
+            },
+        )
+        if result.anomaly_maps.nbytes <= self._settings.prediction_mib * 2**20:
+            self._store.publish_prediction(cell.prediction_id, result)
+        return result
+
+    def _predict_together(self, samples: Sequence[Sample], meter: Meter) -> tuple[np.ndarray, np.ndarray | None]:
+        """Maps (N, h, w) and scores (N,), if the method gives any, of all images at the leader; nothing at others."""
+        rank, size = self._workers.rank, self._workers.size
+        shares = self._workers.collect(self._predict_share(samples[rank::size], meter) if rank < len(samples) else None)
+        told = [share for share in shares if share is not None]
+        scores = [scores for _, scores in told if scores is not None]
+        return _interleave([maps for maps, _ in told]), _interleave(scores) if scores else None
+
+    def _predict_share(self, samples: Sequence[Sample], meter: Meter) -> tuple[np.ndarray, np.ndarray | None]:
+        """The same for this worker's images."""
+        test = self._split(samples, "test", meter)
         maps: list[np.ndarray] = []
         scores: list[np.ndarray] = []
         done, batches = 0, iter(test)
@@ -107,19 +161,14 @@ class FittedMethod:
                     scores.append(prediction.image_score.float().cpu().numpy())
             done += len(batch)
             self._notify("predicting", done, len(test))
-        costs = meter.costs()
-        costs["images_per_second"] = round(done / max(costs["predict_seconds"] + costs["read_seconds"], 1e-9), 2)
-        costs |= {"train_images": self._num_train, "test_images": done, "extracted_images": self._extracted}
-        _check_finite(test.samples, maps, scores, self._resolved.trial.method)
-        result = StoredPrediction(
-            paths=tuple(sample.path for sample in test.samples),
-            anomaly_maps=np.concatenate(maps),
-            image_scores=np.concatenate(scores) if scores else None,
-            facts={"costs": costs, "own_image_score": bool(scores), **self._machine()},
-        )
-        if result.anomaly_maps.nbytes <= self._settings.prediction_mib * 2**20:
-            self._store.publish_prediction(cell.prediction_id, result)
-        return result
+        return np.concatenate(maps), np.concatenate(scores) if scores else None
+
+    def _shared_split(self, samples: Sequence[Sample], split: str) -> Split:
+        """The images, on every worker; those of one node first compute the features of a share each."""
+        if self._workers.local_size > 1:
+            self._split(samples[self._workers.local_rank :: self._workers.local_size], split, self._meter)
+            self._workers.wait()
+        return self._split(samples, split, self._meter)
 
     def _split(self, samples: Sequence[Sample], split: str, meter: Meter) -> Split:
         """The images as this method wants them; features come from the store and are extracted once if missing."""
@@ -178,19 +227,63 @@ class FittedMethod:
 
     def _train_stages(self, train: Split, seed: int) -> None:
         """Trains the stages in order; one that was trained before on the same data is loaded instead."""
-        for stage in self._method.stages():
+        stages = self._method.stages()
+        for number, stage in enumerate(stages):
             artifact = self.artifact_id(stage.name)
-            state = self._store.load_state(artifact)
+            state = self._workers.agree(self._store.load_state(artifact) if self._workers.leads else None)
             if state is not None:
                 stage.load_state_dict(state)
                 continue
+            losses: list[float] = []
 
-            def report(done: int, total: int, loss: float, name: str = stage.name) -> None:
-                self._notify(f"{name}, loss {loss:.4g}, epoch", done, total)
+            def report(
+                done: int, total: int, loss: float, name: str = stage.name, losses: list[float] = losses
+            ) -> None:
+                losses.append(loss)
+                self._notify(f"{name} {draw_curve(losses)} loss {loss:.4g}, epoch", done, total)
 
+            checkpoints = StoredCheckpoints(self._store, artifact, self._workers, self._settings.checkpoint_seconds)
             seed_everything(derive_seed(seed, stage.name))
-            train_stage(stage, train, seed, device=self._device, report=report)
-            self._store.publish_state(artifact, stage.state_dict())
+            self.curves[stage.name] = train_stage(
+                stage,
+                train,
+                seed,
+                workers=self._workers,
+                device=self._device,
+                precision=self._resolved.trial.precision,
+                checkpoints=checkpoints,
+                judge=self._judge(train, stage.epochs) if number == len(stages) - 1 else None,
+                report=report,
+            )
+            if self._workers.leads:
+                self._store.publish_state(artifact, stage.state_dict())
+            checkpoints.discard()
+
+    def _judge(self, train: Split, epochs: int) -> Judge | None:
+        """How the state of the last stage is picked, as the protocol says; None for the last one."""
+        selection = self._resolved.protocol.selection
+        if selection == "last":
+            return None
+        if selection == "lowest_loss":
+            return lambda done, loss: -loss
+        every = math.ceil(epochs / MAX_TEST_EVALUATIONS)
+        return lambda done, loss: None if done % every and done != epochs else self._test_image_auroc(train)
+
+    def _test_image_auroc(self, train: Split) -> float:
+        """Mean image AUROC over the test images of the group's categories: what `selection: test_best` picks by."""
+        for stage in self._method.stages():
+            stage.module.eval()
+        self._method.fit(train)
+        aurocs = []
+        for data in self._data.values():
+            maps, scores = self._predict_together(data.test, self._meter.copy())
+            if self._workers.leads:
+                prediction = StoredPrediction(paths=(), anomaly_maps=maps, image_scores=scores, facts={})
+                own_score = self._resolved.trial.protocol.score_reduction == "method"
+                labels = [sample.label for sample in data.test]
+                result = evaluate(prediction, labels, None, self._resolved.protocol, own_score)
+                aurocs.append(result.metrics["image_auroc"])
+        return self._workers.agree(float(np.mean(aurocs)) if self._workers.leads else None)
 
     def _machine(self) -> dict[str, str]:
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.machine()
@@ -230,12 +323,28 @@ def is_being_extracted(resolved: ResolvedTrial, category: str, settings: RunSett
     return any(store.being_extracted(key) for key in keys)
 
 
-def _check_finite(
-    samples: Sequence[SampleKey], maps: Sequence[np.ndarray], scores: Sequence[np.ndarray], method: str
-) -> None:
-    finite = np.concatenate([np.isfinite(rows).all(axis=(1, 2)) for rows in maps])
-    if scores:
-        finite &= np.isfinite(np.concatenate(scores))
+def draw_curve(values: Sequence[float], width: int = 16) -> str:
+    """The last values as a row of bars, lowest to highest: `█▆▄▃▂▁`."""
+    shown = [value for value in values[-width:] if math.isfinite(value)]
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
+    span = (high - low) or 1.0
+    return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in shown)
+
+
+def _interleave(shares: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows that were dealt out one by one, back in their order; nothing for no shares."""
+    if not shares:
+        return np.empty(0, np.float32)
+    whole = np.empty((sum(map(len, shares)), *shares[0].shape[1:]), shares[0].dtype)
+    for rank, share in enumerate(shares):
+        whole[rank :: len(shares)] = share
+    return whole
+
+
+def _check_finite(samples: Sequence[SampleKey], maps: np.ndarray, scores: np.ndarray | None, method: str) -> None:
+    finite = np.isfinite(maps).all(axis=(1, 2))
+    if scores is not None:
+        finite &= np.isfinite(scores)
     if not finite.all():
         bad = np.flatnonzero(~finite)
         raise ScoreError(f"{method} gave NaN or infinite scores for {len(bad)} images, first {samples[bad[0]].path}")

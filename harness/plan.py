@@ -6,9 +6,10 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from harness.backbones import check_layers, choose_layers, level_shapes, resolve_backbone
-from harness.contracts import AdgridError, Dataset, Places, ResultRow, Trial
+from harness.contracts import AdgridError, Dataset, Places, Resources, ResultRow, Trial
 from harness.identity import content_id
 from harness.registry import build_dataset, check_params, load_method, suggest
 from harness.resolve import CategoryData, identify_cells, read_category, resolve_trial
@@ -195,7 +196,8 @@ class _Reader:
             shots=point.shots,
             seed=point.seed,
             protocol=self._space.protocol.resolved(),
-            resources=self._space.resources.resolved(),
+            resources=_resources_of(method, self._space.resources.resolved()),
+            precision=self._space.precision if hasattr(method, "stages") else "float32",
         )
         resolved = resolve_trial(trial, dataset, self._places.cache_dir)
         data = {name: self._category(dataset, name, point) for name in trial.categories}
@@ -249,6 +251,13 @@ def _join(trial: Trial, twin: Trial) -> Trial:
     cells = {cell.category: cell for cell in (*trial.cells, *twin.cells)}
     categories = tuple(sorted(cells))
     return dataclasses.replace(trial, categories=categories, cells=tuple(cells[name] for name in categories))
+
+
+def _resources_of(method: Any, resources: Resources) -> Resources:
+    """What a trial of a method asks for: one process, unless it has stages to train."""
+    if hasattr(method, "stages"):
+        return resources
+    return dataclasses.replace(resources, workers=1, min_workers=None)
 
 
 def _absolute(path: str) -> str:

@@ -150,6 +150,10 @@ def identify_cells(resolved: ResolvedTrial, data: Mapping[str, CategoryData]) ->
         "shots": trial.shots,
         "seed": trial.seed,
     }
+    # Of training alone, and only where it is not as usual, so that other ids stay what they are.
+    if hasattr(resolved.method, "stages"):
+        facts |= {"selection": trial.protocol.selection} if trial.protocol.selection != "last" else {}
+        facts |= {"precision": trial.precision} if trial.precision != "float32" else {}
     whole = resolved.method.scope == "dataset"
     everything = [data[category].images_id for category in trial.categories] if whole else []
     protocol = dataclasses.asdict(resolved.protocol)

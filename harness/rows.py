@@ -52,6 +52,7 @@ def finished_row(
         metrics=evaluation.metrics,
         metric_bounds=evaluation.bounds,
         costs=costs,
+        curves={name: tuple(losses) for name, losses in facts.get("curves", {}).items()},
         stamps=tuple(stamps),
         provenance={
             **row.provenance,

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from harness.contracts import AdgridError, Places, ResultRow, RunSettings, Trial
 from harness.identity import canonical_json
+from harness.placement import check_placement
 from harness.plan import Plan, make_plan
 from harness.progress import Listener, ProgressBoard
 from harness.report import rows_frame, write_report
@@ -175,15 +176,15 @@ def _run_open_trials(
     tracker: _Tracker,
 ) -> list[ResultRow]:
     # Imported here: a run that finds everything done never starts Ray, nor pays for importing it.
-    from harness.sweep import check_resources, connect, max_in_flight, run_trials
+    from harness.sweep import connect, list_nodes, run_trials
 
     with ExitStack() as stack:
         with console.status("starting Ray"):
-            resources = stack.enter_context(connect(options.address, options.num_cpus))
-        check_resources(trials, resources)
+            stack.enter_context(connect(options.address, options.num_cpus))
+        nodes = list_nodes()
+        check_placement(trials, nodes)
         board = stack.enter_context(ProgressBoard(console, num_cells, num_done, len(trials)))
-        in_flight = max_in_flight(trials, resources) if options.address is None else None
-        return run_trials(trials, settings, [board, tracker], in_flight)
+        return run_trials(trials, settings, [board, tracker], nodes if options.address is None else None)
 
 
 def remake_report(

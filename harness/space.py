@@ -91,7 +91,7 @@ class ProtocolEntry(_Strict):
     smoothing: Literal["method"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "method"
     score_reduction: Literal["method"] | ScoreReduction = "method"
     aupro_limit: Annotated[float, Field(gt=0, le=1)] = 0.3
-    selection: Literal["last"] = "last"
+    selection: Literal["last", "lowest_loss", "test_best"] = "last"
 
     @field_validator("image_size", mode="before")
     @classmethod
@@ -120,12 +120,18 @@ class ResourcesEntry(_Strict):
     cpu: Annotated[float, Field(ge=0)] = 1.0
     gpu: Annotated[float, Field(ge=0)] = 0.0
     memory_gib: Annotated[float, Field(ge=0)] = 0.0
-    workers: Literal[1] = 1
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Processes that train one trial together, each with so much; methods without training use one."""
+    min_workers: Annotated[int, Field(ge=1)] | None = None
 
     def resolved(self) -> Resources:
         """The same as the dataclass that trials carry."""
         if self.cpu == 0 and self.gpu == 0:
             raise ValueError("a trial needs cpu or gpu; set resources.cpu to 1")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(
+                f"resources.min_workers is {self.min_workers}, more than resources.workers ({self.workers}); lower it"
+            )
         return Resources(**self.model_dump())
 
 
@@ -166,6 +172,8 @@ class Space(_Strict):
     """Grid points to leave out: each mapping of axis to value (or list of values) removes what matches all of it."""
     protocol: ProtocolEntry = ProtocolEntry()
     resources: ResourcesEntry = ResourcesEntry()
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward passes of trained methods."""
 
 
 EXCLUDE_AXES = ("method", "backbone", "dataset", "representation", "shots", "seed")

@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -20,22 +20,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.contracts import Share, Split, Trainable, derive_seed
+from harness.workers import ALONE, Workers
 
 Precision = Literal["float32", "bfloat16"]
 EpochReport = Callable[[int, int, float], None]
 """Called after each epoch with (epochs done, epochs in all, mean loss)."""
 
 
+Judge = Callable[[int, float], float | None]
+"""Called after each epoch with (epochs done, mean loss): how good the state is, or None for no opinion."""
+
+
 class TrainingError(RuntimeError):
     """A stage cannot go on: no step of an epoch had finite gradients."""
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Who shares a stage: this worker's number among how many."""
-
-    rank: int = 0
-    size: int = 1
 
 
 class Checkpoints(Protocol):
@@ -53,10 +50,11 @@ def train_stage(
     train: Split,
     seed: int,
     *,
-    workers: Workers = Workers(),
+    workers: Workers = ALONE,
     device: torch.device | None = None,
     precision: Precision = "float32",
     checkpoints: Checkpoints | None = None,
+    judge: Judge | None = None,
     report: EpochReport = lambda *_: None,
 ) -> list[float]:
     """Trains one stage; with several workers, all of them call this at the same time.
@@ -72,6 +70,7 @@ def train_stage(
         device: where the module is; None for the processor.
         precision: of the forward pass; parameters, gradients and optimisers are float32.
         checkpoints: makes the stage go on where it was interrupted; None starts anew.
+        judge: picks the state that is kept: the best one, the earliest of equals. None keeps the last.
         report: called after every epoch.
 
     Returns:
@@ -85,12 +84,13 @@ def train_stage(
     optimizers = list(stage.configure_optimizers())
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     history: list[float] = []
+    best: tuple[float, dict[str, Tensor]] | None = None
     state = checkpoints.load() if checkpoints is not None else None
     if state is not None:
         stage.load_state_dict(state["stage"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        history = list(state["history"])
+        history, best = list(state["history"]), state["best"]
     next_loss = _NextLoss(stage.module, device, precision)
     ask = _distribute(next_loss, workers)
     for epoch in range(len(history), stage.epochs):
@@ -127,15 +127,14 @@ def train_stage(
         mean = _mean_loss(sums, workers, stage.name, epoch)
         history.append(mean)
         report(epoch + 1, stage.epochs, mean)
+        merit = None if judge is None else judge(epoch + 1, mean)
+        if merit is not None and (best is None or merit > best[0]):
+            best = merit, {name: tensor.detach().cpu().clone() for name, tensor in stage.state_dict().items()}
         if checkpoints is not None:
-            checkpoints.save(
-                lambda: {
-                    "stage": stage.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "history": list(history),
-                },
-                last=epoch + 1 == stage.epochs,
-            )
+            make_state = partial(_make_state, stage, optimizers, history, best)
+            checkpoints.save(make_state, last=epoch + 1 == stage.epochs)
+    if best is not None:
+        stage.load_state_dict(best[1])
     stage.module.eval()
     return history
 
@@ -182,12 +181,23 @@ class _NextLoss(nn.Module):
         return loss.float()
 
 
+def _make_state(
+    stage: Trainable, optimizers: list[torch.optim.Optimizer], history: list[float], best: Any
+) -> dict[str, Any]:
+    return {
+        "stage": stage.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "history": history,
+        "best": best,
+    }
+
+
 def _distribute(next_loss: _NextLoss, workers: Workers) -> nn.Module:
     # A loss may reach some of the parameters only (one flow of several), hence the search for unused ones. Batch norms
     # are frozen or synchronised, so no buffer needs to be sent.
     if workers.size == 1:
         return next_loss
-    return DistributedDataParallel(next_loss, broadcast_buffers=False, find_unused_parameters=True)
+    return DistributedDataParallel(next_loss, forward_sync_buffers=False, find_unused_parameters=True)
 
 
 def _set_rates(optimizers: list[torch.optim.Optimizer], rates: list[list[float]], factor: float) -> None:

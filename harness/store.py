@@ -36,7 +36,9 @@ from harness.contracts import AdgridError, ResultRow
 if TYPE_CHECKING:
     from torch import Tensor
 
-_JSON_FIELDS = ("params", "protocol", "resolved_protocol", "metrics", "metric_bounds", "costs", "provenance")
+_JSON_FIELDS = (
+    "params", "protocol", "resolved_protocol", "metrics", "metric_bounds", "costs", "curves", "provenance"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,8 +243,12 @@ class Store:
 
     def forget_attempts(self, run_token: str) -> None:
         """Removes the notes of a run that has ended."""
+        self.delete_folder(f"attempts/{run_token}")
+
+    def delete_folder(self, prefix: str) -> None:
+        """Removes everything below `prefix`, if there is anything."""
         with contextlib.suppress(FileNotFoundError):
-            self._fs.delete_dir(self._path(f"attempts/{run_token}"))
+            self._fs.delete_dir(self._path(prefix))
 
 
 def _row_rank(row: ResultRow) -> tuple[int, str]:
@@ -281,7 +287,7 @@ def _rows_from_parquet(data: bytes, wanted: set[str] | None = None) -> list[Resu
         if wanted is not None and record["cell_id"] not in wanted:
             continue
         for name in _JSON_FIELDS:
-            record[name] = json.loads(record[name])
+            record[name] = json.loads(record.get(name) or "{}")  # rows of earlier versions lack a column
         record["layers"], record["stamps"] = tuple(record["layers"]), tuple(record["stamps"])
         rows.append(ResultRow(**record))
     return rows

@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,28 +18,26 @@ import ray
 from ray import tune
 
 from harness.contracts import AdgridError, Resources, ResultRow, RunSettings, Trial
+from harness.placement import Amounts, max_in_flight, worker_bundle
 from harness.progress import Listener
 from harness.rows import unfinished_row
 from harness.store import Store
-from harness.trial import MAX_ATTEMPTS, run_trial
+from harness.trial import MAX_ATTEMPTS, is_of_this_start, run_trial
 
 NOTE_SECONDS = 1.0
 """Least time between two notes of progress from one trial."""
 
 
 @contextmanager
-def connect(address: str | None, num_cpus: int | None = None) -> Iterator[Mapping[str, float]]:
+def connect(address: str | None, num_cpus: int | None = None) -> Iterator[None]:
     """Joins a cluster, or starts a local Ray and stops it afterwards; a Ray that already runs here is used as it is.
 
     Args:
         address: `auto`, `HOST:PORT` or `ray://...`; None starts one on this machine.
         num_cpus: processor cores of a Ray started here; None for all.
-
-    Yields:
-        The resources of the cluster.
     """
     if ray.is_initialized():
-        yield ray.cluster_resources()
+        yield
         return
     # One OpenMP thread per worker spins away the other workers' time at barriers unless it is told to sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -59,51 +57,58 @@ def connect(address: str | None, num_cpus: int | None = None) -> Iterator[Mappin
             f"--address {address}: no Ray cluster answers ({error}); start one or leave it out"
         ) from error
     try:
-        yield ray.cluster_resources()
+        yield
     finally:
         ray.shutdown()
 
 
-def check_resources(trials: Sequence[Trial], available: Mapping[str, float]) -> None:
-    """Raises AdgridError if a trial asks for more than the whole cluster has, which would wait for ever."""
-    for trial in trials:
-        for name, wanted in _bundle(trial.resources).items():
-            if wanted > available.get(name, 0.0):
-                field = {"CPU": "cpu", "GPU": "gpu", "memory": "memory_gib"}[name]
-                raise AdgridError(
-                    f"resources.{field}: a trial of {trial.method!r} asks for {wanted:g} {name}, the cluster has "
-                    f"{available.get(name, 0.0):g}; lower resources.{field} or add nodes"
-                )
-
-
-def max_in_flight(trials: Sequence[Trial], available: Mapping[str, float]) -> int:
-    """How many trials the resources can hold at once, if all were as small as the smallest."""
-    bundles = [_bundle(trial.resources) for trial in trials]
-    smallest = {name: min(bundle[name] for bundle in bundles) for name in bundles[0] if all(name in b for b in bundles)}
-    return max(1, min((int(available.get(name, 0) / amount) for name, amount in smallest.items()), default=len(trials)))
+def list_nodes() -> list[dict[str, float]]:
+    """What each living node of the connected cluster has in all."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def run_trials(
-    trials: Sequence[Trial], settings: RunSettings, listeners: Sequence[Listener], in_flight: int | None = None
+    trials: Sequence[Trial],
+    settings: RunSettings,
+    listeners: Sequence[Listener],
+    nodes: Sequence[Amounts] | None = None,
 ) -> list[ResultRow]:
     """Runs trials through Ray Tune and returns the rows of this start, one per cell that was not finished before.
 
     A trial whose worker is killed is started again and goes on with what is missing; a cell whose worker dies every
-    time becomes a failed row. Ray must be connected.
+    time becomes a failed row. Trials of one process run first, then those of several workers, so that neither kind
+    holds places that the other waits for. Ray must be connected.
 
     Args:
-        trials: what to run, each with its own bundle of resources.
+        trials: what to run, each with its own resources.
         settings: where things lie.
         listeners: told what happens.
-        in_flight: trials that Tune holds at once, waiting ones included; None leaves it to Tune, whose waiting trials
-            are what an autoscaler goes by.
+        nodes: what each node has, for the number of trials at once; None leaves single processes to Tune, whose waiting
+            trials are what an autoscaler goes by.
     """
-    if not trials:
-        return []
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer output prints its settings even when told to be silent
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C reaches the caller; every finished row is saved already
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    store = Store(settings.root)
+    rows: dict[str, ResultRow] = {}
+    for grouped in (False, True):
+        alike = [trial for trial in trials if (trial.resources.workers > 1) == grouped]
+        if alike:
+            known = list_nodes() if grouped and nodes is None else nodes
+            rows |= _run_alike(alike, settings, listeners, store, max_in_flight(alike, known) if known else 0)
+    store.forget_attempts(settings.invocation)
+    saved = store.load_rows(rows)
+    for cell_id, row in rows.items():
+        if cell_id not in saved:  # a node wrote to a root of its own: the driver's copy counts
+            store.publish_row(row)
+    return list(rows.values())
+
+
+def _run_alike(
+    trials: Sequence[Trial], settings: RunSettings, listeners: Sequence[Listener], store: Store, in_flight: int
+) -> dict[str, ResultRow]:
+    """Rows by cell id of trials that are all single processes or all groups of workers."""
     relay = _Relay(trials, listeners)
     with tempfile.TemporaryDirectory(prefix="adgrid-tune-") as folder:
         tuner = tune.Tuner(
@@ -115,7 +120,7 @@ def run_trials(
             tune_config=tune.TuneConfig(
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: trial.trial_id,
-                max_concurrent_trials=in_flight or 0,
+                max_concurrent_trials=in_flight,
             ),
             run_config=tune.RunConfig(
                 name="trials",
@@ -128,7 +133,6 @@ def run_trials(
             ),
         )
         results = tuner.fit()
-    store = Store(settings.root)
     for number in range(len(results)):
         result = results[number]
         assert result.config is not None
@@ -136,30 +140,38 @@ def run_trials(
         lost = [cell for cell in trial.cells if cell.cell_id not in relay.rows[trial.trial_id]]
         saved = store.load_rows(cell.cell_id for cell in lost)
         for cell in lost:
-            if cell.cell_id not in saved or saved[cell.cell_id].status != "ok":
+            row = saved.get(cell.cell_id)
+            if row is not None and is_of_this_start(row, settings):
+                relay.finished(trial, row)  # its worker saved it and was lost before it could tell
+            elif row is None or row.status != "ok":
                 reason = f"the trial's worker was lost: {result.error or 'it ended without a row for this cell'}"
                 row = unfinished_row(trial, cell, "failed", reason, settings)
                 store.publish_row(row)
                 relay.finished(trial, row)
-    store.forget_attempts(settings.invocation)
-    told = {cell_id: row for rows in relay.rows.values() for cell_id, row in rows.items()}
-    saved = store.load_rows(told)
-    for cell_id, row in told.items():
-        if cell_id not in saved:  # a node wrote to a root of its own: the driver's copy counts
-            store.publish_row(row)
-    return list(told.values())
+    return {cell_id: row for told in relay.rows.values() for cell_id, row in told.items()}
 
 
 def _bundle(resources: Resources) -> dict[str, float]:
-    bundle = {"CPU": resources.cpu, "GPU": resources.gpu, "memory": resources.memory_gib * 2**30}
-    return {name: amount for name, amount in bundle.items() if amount}
+    """What the process of a trial asks for; one that only starts workers takes next to nothing, so it cannot block."""
+    return worker_bundle(resources) if resources.workers == 1 else {"CPU": 0, "memory": 1}
 
 
 def _run_in_worker(config: dict[str, Any], trials: list[Trial], settings: RunSettings) -> None:
     """What a Tune worker executes: one trial, a report per row and now and then one of progress."""
+    trial = trials[config["trial"]]
+    if trial.resources.workers > 1:
+        from harness.training import run_with_workers
+
+        for message in run_with_workers(trial, settings):
+            tune.report(message)
+    else:
+        _run_here(trial, settings)
+    tune.report({"ended": True})
+
+
+def _run_here(trial: Trial, settings: RunSettings) -> None:
     import torch
 
-    trial = trials[config["trial"]]
     # Ray sets OMP_NUM_THREADS, but torch has read it long before a reused worker gets its next trial.
     torch.set_num_threads(max(1, int(trial.resources.cpu)))
     last = 0.0
@@ -172,7 +184,6 @@ def _run_in_worker(config: dict[str, Any], trials: list[Trial], settings: RunSet
 
     for row in run_trial(trial, settings, notify):
         tune.report({"row": dataclasses.asdict(row)})
-    tune.report({"ended": True})
 
 
 class _Relay(tune.Callback):

@@ -1,6 +1,7 @@
 """The story of one trial, in a plain process: read the images, fit the method, score each category, save each row.
 
 Ray only decides where and when this runs. What goes wrong in a category is a row with its reason; the trial goes on.
+Several workers may run a trial together: all of them call `run_trial`, the first one writes the rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from harness.rows import finished_row, unfinished_row
 from harness.sheets import publish_sheet
 from harness.store import Store, StoredPrediction
 from harness.truth import load_truth
+from harness.workers import ALONE, Workers
 
 MAX_ATTEMPTS = 2
 """How often a cell is started in one run; a cell whose worker died each time is a failed row, not tried for ever."""
@@ -31,34 +33,47 @@ class PlanOutdated(RuntimeError):
     """Images, masks or weights on this node are not the ones that were planned."""
 
 
-def run_trial(trial: Trial, settings: RunSettings, notify: Notify = lambda *_: None) -> Iterator[ResultRow]:
-    """Runs what is missing of a trial and yields each row after it was saved.
+def run_trial(
+    trial: Trial, settings: RunSettings, notify: Notify = lambda *_: None, workers: Workers = ALONE
+) -> Iterator[ResultRow]:
+    """Runs what is missing of a trial and yields each row after it was saved; of several workers the leader does.
 
     Args:
         trial: what to run, with the ids of its cells.
         settings: where things lie.
         notify: told about progress inside a cell.
+        workers: the processes that run the trial together.
+
+    Raises:
+        Exception: with several workers, whatever went wrong at one of them, after its rows were saved: the others wait
+            for it in vain, so the whole group must be started again, and goes on with the next cell.
     """
     store = Store(settings.root)
-    rows = store.load_rows(cell.cell_id for cell in trial.cells)
-    # A trial that is started again after its worker died leaves alone what has failed for a reason of its own.
-    settled = {
-        cell_id
-        for cell_id, row in rows.items()
-        if row.status == "ok" or row.provenance.get("invocation") == settings.invocation
-    }
-    todo = [cell for cell in trial.cells if cell.cell_id not in settled]
+    todo = workers.agree(find_open_cells(trial, store, settings) if workers.leads else None)
     try:
         dataset = open_dataset(trial.dataset, settings.places)
         resolved = resolve_trial(trial, dataset, settings.places.cache_dir)
     except Exception as error:
-        yield from _save_failed(store, trial, todo, error, settings)
+        yield from _save_failed(store, trial, todo, error, settings, workers)
         return
     groups = fit_groups(resolved, todo)
     while groups:
         # What another trial extracts right now is left for later; when all are taken, the first is done all the same.
         free = (n for n, group in enumerate(groups) if not _is_taken(resolved, group[0].category, settings))
-        yield from run_group(resolved, groups.pop(next(free, 0)), store, settings, notify)
+        chosen = workers.agree(next(free, 0) if workers.leads else None)
+        yield from run_group(resolved, groups.pop(chosen), store, settings, notify, workers)
+
+
+def find_open_cells(trial: Trial, store: Store, settings: RunSettings) -> list[Cell]:
+    """The cells without a result; one that failed since the program was started has had its turn."""
+    rows = store.load_rows(cell.cell_id for cell in trial.cells)
+    settled = {cell_id for cell_id, row in rows.items() if row.status == "ok" or is_of_this_start(row, settings)}
+    return [cell for cell in trial.cells if cell.cell_id not in settled]
+
+
+def is_of_this_start(row: ResultRow, settings: RunSettings) -> bool:
+    """Whether a row was made since the program was started, and not by an earlier run."""
+    return row.provenance.get("invocation") == settings.invocation
 
 
 def _is_taken(resolved: ResolvedTrial, category: str, settings: RunSettings) -> bool:
@@ -76,32 +91,62 @@ def fit_groups(resolved: ResolvedTrial, cells: Sequence[Cell]) -> list[list[Cell
 
 
 def run_group(
-    resolved: ResolvedTrial, cells: list[Cell], store: Store, settings: RunSettings, notify: Notify
+    resolved: ResolvedTrial,
+    cells: list[Cell],
+    store: Store,
+    settings: RunSettings,
+    notify: Notify,
+    workers: Workers = ALONE,
 ) -> Iterator[ResultRow]:
     """Fits once and scores each cell; a cell whose raw predictions are stored is only scored again."""
+    stored: dict[Cell, StoredPrediction | None] = {}
     try:
-        _count_attempt(cells, store, settings)
+        if workers.leads:
+            _count_attempt(cells, store, settings)
+            stored = {cell: store.load_prediction(cell.prediction_id) for cell in cells}
         notify(cells[0].category, "reading images", 0, 1)
         data = read_group(resolved, cells, settings)
-        stored = {cell: store.load_prediction(cell.prediction_id) for cell in cells}
-        fitted = None if all(stored.values()) else FittedMethod(resolved, data, store, settings, notify)
+        fresh = workers.agree([cell for cell, prediction in stored.items() if prediction is None])
+        fitted = FittedMethod(resolved, data, store, settings, notify, workers) if fresh else None
     except Exception as error:
-        yield from _save_failed(store, resolved.trial, cells, error, settings)
+        yield from _save_failed(store, resolved.trial, cells, error, settings, workers)
         return
     for cell in cells:
-        images, prediction = data[cell.category], stored[cell]
+        prediction = stored.get(cell)
         try:
-            if prediction is None:
+            if cell in fresh:
                 assert fitted is not None
                 prediction = fitted.predict(cell)
-            row, scores = score_cell(resolved, cell, images, prediction, bool(stored[cell]), store, settings)
-            store.publish_row(row)
         except Exception as error:
-            yield from _save_failed(store, resolved.trial, [cell], error, settings)
+            yield from _save_failed(store, resolved.trial, [cell], error, settings, workers)
         else:
-            if settings.pictures:
-                _draw(store, row, prediction, images, scores, resolved, notify)
-            yield row
+            if workers.leads:
+                assert prediction is not None
+                rescored = cell not in fresh
+                yield _finish(resolved, cell, data[cell.category], prediction, rescored, store, settings, notify)
+
+
+def _finish(
+    resolved: ResolvedTrial,
+    cell: Cell,
+    images: CategoryData,
+    prediction: StoredPrediction,
+    rescored: bool,
+    store: Store,
+    settings: RunSettings,
+    notify: Notify,
+) -> ResultRow:
+    """The saved row of a predicted cell: its metrics, or why there are none."""
+    try:
+        row, scores = score_cell(resolved, cell, images, prediction, rescored, store, settings)
+        store.publish_row(row)
+    except Exception as error:
+        row = unfinished_row(resolved.trial, cell, "failed", error, settings)
+        store.publish_row(row)
+    else:
+        if settings.pictures:
+            _draw(store, row, prediction, images, scores, resolved, notify)
+    return row
 
 
 def read_group(resolved: ResolvedTrial, cells: Sequence[Cell], settings: RunSettings) -> dict[str, CategoryData]:
@@ -172,9 +217,11 @@ def _count_attempt(cells: Sequence[Cell], store: Store, settings: RunSettings) -
 
 
 def _save_failed(
-    store: Store, trial: Trial, cells: Sequence[Cell], error: Exception, settings: RunSettings
+    store: Store, trial: Trial, cells: Sequence[Cell], error: Exception, settings: RunSettings, workers: Workers
 ) -> Iterator[ResultRow]:
     for cell in cells:
         row = unfinished_row(trial, cell, "failed", error, settings)
         store.publish_row(row)
         yield row
+    if workers.size > 1:
+        raise error

@@ -1,0 +1,131 @@
+"""The home of Ray Train: starts the workers that run one trial together, and starts them again when one is lost.
+
+Each worker executes `harness.trial.run_trial` as a process alone does. Rows and checkpoints go to the run storage by
+their own hands, so a group that is started again reads there what is left to do, and Ray carries messages alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.exceptions import RayError
+from ray.train.torch import TorchTrainer, get_device
+from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from harness.contracts import Resources, RunSettings, Trial
+from harness.placement import worker_bundle
+from harness.store import Store
+from harness.trial import MAX_ATTEMPTS, run_trial
+from harness.workers import Workers
+
+START_SECONDS = 600
+"""How long a group waits for its places before that counts as a failure: time for an autoscaler to add nodes."""
+MAX_UNPLACED = 2
+"""How often in a row a group may fail to be placed before its trial fails, where Ray would try for ever."""
+NOTE_SECONDS = 1.0
+"""Least time between two notes of progress from one trial."""
+
+
+def run_with_workers(trial: Trial, settings: RunSettings) -> Iterator[dict[str, Any]]:
+    """Runs a trial in a group of Ray Train workers, from a process that does nothing else.
+
+    A lost worker or node, and an error that only some of the workers met, ends the group; it starts again, with fewer
+    workers if the trial allows it, and goes on from the rows and checkpoints in the storage.
+
+    Args:
+        trial: what to run; `trial.resources` are those of each worker.
+        settings: where things lie.
+
+    Yields:
+        `{"row": fields of a ResultRow}` for each finished cell and `{"note": [category, stage, done, total]}`.
+
+    Raises:
+        ray.train.TrainingFailedError: the group failed more often than its cells may be tried.
+    """
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # On this node: what ends with this process is no use to others, and what it outlives cannot take it along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    # A new name each time: under an old one Ray Train would take the run for finished.
+    name = f"{trial.trial_id}-{settings.invocation[:8]}-{time.time_ns()}"
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"trial": trial, "settings": settings, "messages": messages},
+        scaling_config=_scaling(trial.resources),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=f"{settings.root}/ray_train",
+            failure_config=ray.train.FailureConfig(
+                max_failures=MAX_ATTEMPTS * len(trial.cells), controller_failure_limit=MAX_UNPLACED
+            ),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
+        try:
+            group = pool.submit(trainer.fit)
+            while not group.done() or not messages.empty():
+                try:
+                    yield messages.get(timeout=0.5)
+                except Empty:
+                    continue
+            group.result()
+        finally:
+            messages.shutdown()
+            Store(settings.root).delete_folder(f"ray_train/{name}")
+
+
+def _scaling(resources: Resources) -> ray.train.ScalingConfig:
+    elastic = resources.min_workers is not None and resources.min_workers < resources.workers
+    return ray.train.ScalingConfig(
+        num_workers=(resources.min_workers, resources.workers) if elastic else resources.workers,
+        use_gpu=resources.gpu > 0,
+        resources_per_worker=worker_bundle(resources),
+    )
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What each worker executes."""
+    trial, settings, messages = config["trial"], config["settings"], config["messages"]
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    torch.set_num_threads(max(1, int(trial.resources.cpu)))
+    device = get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    place = ray.train.get_context()
+    workers = Workers(
+        rank=place.get_world_rank(),
+        size=place.get_world_size(),
+        local_rank=place.get_local_rank(),
+        local_size=place.get_local_world_size(),
+        group=dist.new_group(backend="gloo") if place.get_world_size() > 1 else None,
+    )
+    last = 0.0
+
+    def tell(message: dict[str, Any]) -> None:
+        # Rows are saved already; a listener that is gone must not turn finished work into a failure.
+        with suppress(RayError):
+            if workers.leads:
+                messages.put(message)
+
+    def notify(category: str, stage: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= NOTE_SECONDS:
+            last = time.monotonic()
+            tell({"note": [category, stage, done, total]})
+
+    for row in run_trial(trial, settings, notify, workers):
+        tell({"row": dataclasses.asdict(row)})
