@@ -8,7 +8,7 @@ ROOT ?= results
 # Benchmarks compare with other libraries, which live in an environment of their own.
 DATA ?= ../shared/data
 OTHERS := .venv-others
-BENCHES := coreset neighbours metrics padim extraction cell
+BENCHES := coreset neighbours metrics padim decoding extraction cell
 
 .PHONY: run test test-fast check format ui plan clean bench $(addprefix bench-,$(BENCHES)) bench-cell-padim bench-cell-patchcore
 
@@ -45,6 +45,10 @@ bench-coreset bench-metrics bench-padim: bench-%: $(VENV)/.installed $(OTHERS)/.
 bench-neighbours: $(VENV)/.installed $(OTHERS)/.installed
 	@mkdir -p $(ROOT)
 	$(BIN)/python benchmarks/neighbours.py --data-root $(DATA) --faiss-python $(OTHERS)/bin/python --json $(ROOT)/bench-neighbours.json
+
+bench-decoding: $(VENV)/.installed
+	@mkdir -p $(ROOT)
+	$(BIN)/python benchmarks/decoding.py --data-root $(DATA) --rounds 9 --json $(ROOT)/bench-decoding.json
 
 bench-extraction: $(VENV)/.installed
 	@mkdir -p $(ROOT)

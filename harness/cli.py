@@ -75,19 +75,30 @@ def _parser() -> argparse.ArgumentParser:
     _add_places(report)
     report.set_defaults(handle=_report)
 
-    datasets = commands.add_parser("datasets", help="list known datasets, or check the files of one")
-    datasets.add_argument("action", nargs="?", choices=["list", "check"], default="list")
-    datasets.add_argument("name", nargs="?", help="dataset to check")
+    datasets = commands.add_parser(
+        "datasets", help="list known datasets, show what one should hold, or check its files"
+    )
+    datasets.add_argument("action", nargs="?", choices=["list", "show", "check"], default="list")
+    datasets.add_argument("name", nargs="?", help="dataset to show or check")
     datasets.add_argument("--layout", help="layout on disk, where it is not called like the dataset")
     datasets.add_argument("--dataset-root", help="folder of this dataset (default: DATA_ROOT/NAME)")
-    datasets.add_argument("--categories", help="only these, separated by commas")
+    datasets.add_argument("--variant", help="which published split, where there are several")
+    datasets.add_argument("--categories", help="check only these, separated by commas")
+    datasets.add_argument("--decode", action="store_true", help="check every pixel instead of headers alone")
     _add_places(datasets)
     datasets.set_defaults(handle=_datasets)
 
-    for name, what, handle in (("backbones", "backbones", _backbones), ("methods", "methods", _methods)):
-        listing = commands.add_parser(name, help=f"list known {what}")
-        _add_places(listing)
-        listing.set_defaults(handle=handle)
+    backbones = commands.add_parser("backbones", help="list known backbones, check their weights, or fetch them")
+    backbones.add_argument("action", nargs="?", choices=["list", "check", "fetch"], default="list")
+    backbones.add_argument("names", nargs="*", metavar="SPACE.yaml | NAME", help="all backbones of a space, or these")
+    backbones.add_argument("--weights", help="file or folder to look into instead of what the space says")
+    backbones.add_argument("--into", help="fetch: folder to put the weights into; a space names it as `weights: DIR`")
+    _add_places(backbones)
+    backbones.set_defaults(handle=_backbones)
+
+    methods = commands.add_parser("methods", help="list known methods")
+    _add_places(methods)
+    methods.set_defaults(handle=_methods)
 
     ui = commands.add_parser("ui", help="open MLflow on this machine's loopback address")
     _add_places(ui)
@@ -227,54 +238,115 @@ def _report(parsed: argparse.Namespace, console: Console, command: str) -> int:
 
 
 def _datasets(parsed: argparse.Namespace, console: Console, command: str) -> int:
-    from harness.registry import dataset_layouts, load_dataset_class
+    from harness.contracts import DatasetRef
+    from harness.dataset_check import check_dataset, describe_dataset, list_datasets
+    from harness.registry import build_dataset, dataset_layouts
 
     places = _options(parsed).places
-    if parsed.action == "check":
-        return _check_dataset(parsed, console, places)
-    table = Table("dataset", "what it is", "licence", "here")
-    for name in dataset_layouts():
-        dataset = load_dataset_class(name)
-        table.add_row(name, dataset.summary, dataset.licence, _here(dataset(name, None, places).missing()))
-    console.print(table)
-    return 0
-
-
-def _check_dataset(parsed: argparse.Namespace, console: Console, places: Any) -> int:
-    from harness.contracts import DatasetRef
-    from harness.resolve import open_dataset
-
+    if parsed.action == "list":
+        refs = [DatasetRef(name=name, layout=name) for name in dataset_layouts()]
+        console.print(list_datasets({ref.name: build_dataset(ref, places) for ref in refs}))
+        searched = f"searched {places.data_root}" if places.data_root else "no data root: name one with --data-root"
+        console.print(f"{_escape(searched)}; `adgrid datasets check NAME` says how to get what is not here")
+        return 0
     if not parsed.name:
-        raise AdgridError("datasets check: name a dataset, such as `adgrid datasets check folder --dataset-root DIR`")
-    ref = DatasetRef(name=parsed.name, layout=parsed.layout or parsed.name, root=parsed.dataset_root)
-    dataset = open_dataset(ref, places)
-    names = parsed.categories.split(",") if parsed.categories else None
-    problems = dataset.check(names)
-    for problem in problems:
-        console.print(f"[red]{problem.category}[/]: {_escape(problem.what)}; {_escape(problem.remedy)}", soft_wrap=True)
-    if problems:
-        return 1
-    table = Table("category", "train", "test normal", "test anomalous", "masks")
-    for name in names or dataset.category_names():
-        category = dataset.category(name)
-        anomalous = sum(sample.label for sample in category.test)
-        masks = "yes" if category.has_masks else "no: pixel metrics are not available"
-        counts = (len(category.train), len(category.test) - anomalous, anomalous)
-        table.add_row(name, *map(str, counts), masks)
-    console.print(table)
-    return 0
+        raise AdgridError(
+            f"datasets {parsed.action}: name a dataset, such as `adgrid datasets {parsed.action} folder "
+            "--dataset-root DIR`"
+        )
+    layout = parsed.layout or parsed.name
+    ref = DatasetRef(name=parsed.name, layout=layout, root=parsed.dataset_root, variant=parsed.variant)
+    if parsed.action == "show":
+        describe_dataset(build_dataset(ref, places), ref.layout, console)
+        return 0
+    names = None if parsed.categories is None else [name.strip() for name in parsed.categories.split(",")]
+    return 0 if check_dataset(ref, places, names, parsed.decode, console) else 1
 
 
 def _backbones(parsed: argparse.Namespace, console: Console, command: str) -> int:
     from harness.backbones import backbone_names, describe_backbone, missing_weights
 
-    places = _options(parsed).places
+    cache_dir = _options(parsed).places.cache_dir
+    if parsed.action == "check":
+        return _check_backbones(parsed, console)
+    if parsed.action == "fetch":
+        return _fetch_backbones(parsed, console)
     table = Table("backbone", "what it is", "weights here")
     for name in backbone_names():
-        table.add_row(name, describe_backbone(name), _here(missing_weights(name, cache_dir=places.cache_dir)))
+        table.add_row(name, describe_backbone(name), _here(missing_weights(name, cache_dir=cache_dir)))
     console.print(table)
     console.print("Any other model of timm works by its name.")
     return 0
+
+
+def _chosen_backbones(parsed: argparse.Namespace) -> list[tuple[str, str]]:
+    """(name, weights) of the backbones named on the command line, those of search spaces included, each once."""
+    from harness.space import grid_points, load_space
+
+    chosen: dict[tuple[str, str], None] = {}
+    for word in parsed.names:
+        if word.endswith((".yaml", ".yml")) or Path(word).is_file():
+            entries = [point.backbone for point in grid_points(load_space(word))]
+            chosen.update(dict.fromkeys((entry.name, parsed.weights or entry.weights) for entry in entries if entry))
+        else:
+            chosen[word, parsed.weights or "auto"] = None
+    return list(chosen)
+
+
+def _check_backbones(parsed: argparse.Namespace, console: Console) -> int:
+    from harness.backbone_check import check_weights
+    from harness.backbones import backbone_names
+
+    chosen = _chosen_backbones(parsed) or [(name, "auto") for name in backbone_names()]
+    table = Table("backbone", "size", "weights here", "compared")
+    lines, lacking, all_here = [], [], True
+    for name, weights in chosen:
+        with console.status(f"checking {name}"):
+            check = check_weights(name, weights, _options(parsed).places.cache_dir)
+        size = f"{'about ' if check.is_estimate else ''}{check.num_bytes / 1e6:,.0f} MB"
+        state = "yes" if check.problem is None else "do not fit" if check.path else "no"
+        table.add_row(name, size, f"[{'green' if state == 'yes' else 'red'}]{state}[/]", check.verified)
+        published = f"from {', or '.join(check.sources)}"
+        missing_only = check.path is None and check.can_be_fetched and weights == "auto"
+        lines.append(f"{name}: {published if missing_only else check.problem or check.path or 'random weights'}")
+        all_here &= check.problem is None
+        if check.problem and check.can_be_fetched:
+            lacking.append(name)
+    console.print(table)
+    for line in lines:
+        console.print(_escape(line), soft_wrap=True)
+    if lacking:
+        fetch = f"adgrid backbones fetch {' '.join(dict.fromkeys(lacking))} --into DIR"
+        console.print(f"`{fetch}` where there is internet, then `weights: DIR` in the space", soft_wrap=True)
+    return 0 if all_here else 1
+
+
+def _fetch_backbones(parsed: argparse.Namespace, console: Console) -> int:
+    from harness.backbone_check import fetch_weights
+
+    chosen = _chosen_backbones(parsed)
+    if not chosen or not parsed.into:
+        raise AdgridError("backbones fetch: name a search space or backbones, and a folder with --into DIR")
+    failed = 0
+    for name, weights in chosen:
+        with console.status(f"fetching {name}") as status:
+
+            def show(done: int, total: int | None, status: Any = status, name: str = name) -> None:
+                of = f" of {total / 1e6:,.0f}" if total else ""
+                status.update(f"fetching {name}: {done / 1e6:,.0f}{of} MB")
+
+            try:
+                fetched = fetch_weights(name, parsed.into, weights, _options(parsed).places.cache_dir, show)
+            except AdgridError as error:  # the others are fetched all the same
+                failed += 1
+                console.print(f"[red]{name}[/]: {_escape(str(error))}", soft_wrap=True)
+                continue
+        if fetched.replaced:
+            console.print(f"[yellow]{name}: replaced, {_escape(fetched.replaced)}[/]", soft_wrap=True)
+        size = f"{fetched.num_bytes / 1e6:,.0f} MB"
+        console.print(f"{name}: {fetched.action}, {size}, {_escape(fetched.path)}", soft_wrap=True)
+    console.print(f"in a search space: `backbones: [{{name: NAME, weights: {_escape(parsed.into)}}}]`", soft_wrap=True)
+    return 1 if failed else 0
 
 
 def _methods(parsed: argparse.Namespace, console: Console, command: str) -> int:

@@ -91,7 +91,9 @@ class ImageSplit:
         return self._batch(positions, self._pixels.take(positions))
 
     def _batch(self, group: Sequence[int], pixels: Tensor) -> Batch:
-        return Batch(samples=tuple(self.samples[i] for i in group), images=pixels.float() / 255)
+        # In numpy: torch would wake threads of its own, which then spin for a while on the cores of those that decode.
+        images = torch.from_numpy(np.divide(pixels.numpy(), np.float32(255), dtype=np.float32))
+        return Batch(samples=tuple(self.samples[i] for i in group), images=images)
 
 
 class Pixels:

@@ -179,11 +179,12 @@ def score_cell(
     truth = None
     if data.has_masks:
         truth = load_truth(data.test, data.truth_id, resolved.preprocessing, settings.places.cache_dir)
-    result = evaluate(prediction, [sample.label for sample in data.test], truth, resolved.protocol, own_score)
+    labels, sample_ids = [sample.label for sample in data.test], [sample.sample_id for sample in data.test]
+    result = evaluate(prediction, labels, truth, resolved.protocol, own_score, sample_ids)
     columns = {
         "path": [sample.path for sample in data.test],
         "mask_path": [sample.mask_path for sample in data.test],
-        "label": [sample.label for sample in data.test],
+        "label": result.label.tolist(),
         "defect_type": [sample.defect_type for sample in data.test],
         "image_score": result.image_scores.tolist(),
     }

@@ -73,7 +73,9 @@ def test_plan_names_missing_weights_and_data(call, space, tmp_path):
         (["plan", "SPACE", "--random-weights", "--set", "shots=100"], "100"),
         (["report", "absent"], "no such run"),
         (["datasets", "check"], "name a dataset"),
+        (["datasets", "show"], "name a dataset"),
         (["datasets", "check", "flder"], "did you mean 'folder'"),
+        (["datasets", "show", "visa", "--variant", "3cls"], "has no variant '3cls'"),
     ],
 )
 def test_bad_input_is_one_message_and_code_2(call, space, words, expected):
@@ -94,10 +96,25 @@ def test_check_compares_files_with_the_layout(call, tmp_path):
     code, out, _ = call(*words)
     assert code == 0, out
     assert "pixel metrics are not available" in out
+    assert call(*words, "--decode", "--categories", "nut")[0] == 0
     (tmp_path / "parts/nut/test/dent/1.png").write_bytes(b"")
     code, out, _ = call(*words)
     assert code == 1
-    assert "1.png" in out
+    assert "cannot read image nut/test/dent/1.png: the file has zero bytes → copy it again" in out
+    code, out, _ = call(*words, "--categories", "bolt")
+    assert code == 1
+    assert "there is no category 'bolt'" in out
+
+
+def test_check_of_missing_data_and_show_say_how_to_get_them(call, tmp_path):
+    code, out, _ = call("datasets", "check", "mvtec_ad", "--data-root", str(tmp_path))
+    assert code == 1
+    assert f"there is no folder {tmp_path}/mvtec_ad" in out
+    for words in (["check", "mvtec_ad", "--data-root", str(tmp_path)], ["show", "mvtec_ad"]):
+        _, out, _ = call("datasets", *words)
+        assert "https://www.mvtec.com/company/research/datasets/mvtec-ad" in out
+        assert "CC BY-NC-SA 4.0" in out
+    assert "3,629" in out
 
 
 @pytest.mark.ray

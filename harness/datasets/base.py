@@ -1,4 +1,4 @@
-"""What every layout shares: where its root is, its category list, and the check of found against expected.
+"""What every layout shares: where its root is, its category list, and the pairing of masks with images.
 
 A layout derives from `LayoutDataset`, says in `is_category` how a category is recognised and in `scan` how one is
 read; published counts are data (`expected`). Everything a user can get wrong about a folder is told here, once.
@@ -10,38 +10,29 @@ import difflib
 import os
 import unicodedata
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from functools import cached_property
 from typing import ClassVar
 
-from harness.contracts import AdgridError, Category, LayoutProblem, Places, Sample
+from harness.contracts import AdgridError, Category, LayoutProblem, Places
+from harness.datasets.checks import Counts, check_classes, check_files, compare_counts
 from harness.datasets.files import is_folder, list_folders, resolve_path
-from harness.datasets.images import ImageProblem, match_sizes, read_image, read_mask, read_size
 
 _FOLDERS_LOOKED_INTO = 200
 """How many folders the search for a misplaced root looks into, so that a wrong root on a big disk answers at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Published number of images of one category."""
-
-    train: int
-    good: int
-    """Normal test images."""
-    defects: Mapping[str, int]
-    """Anomalous test images per defect type."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Scan:
-    """What the files of one category say: its images, and every complaint that makes them untrustworthy."""
+    """What the files of one category say."""
 
     category: Category
     problems: tuple[LayoutProblem, ...] = ()
+    """Complaints that make the images untrustworthy: the category is refused."""
+    notes: tuple[LayoutProblem, ...] = ()
+    """Complaints of the check alone: the category can be used as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +54,7 @@ class LayoutDataset(ABC):
 
     Attributes:
         name: as in the rows; independent of the layout.
-        root: absolute path or URI; empty when none was given and there is no data root.
+        variant: which of the published splits; None where there is one alone.
     """
 
     summary: ClassVar[str]
@@ -75,7 +66,9 @@ class LayoutDataset(ABC):
     obtain: ClassVar[str] = "download it from {home_page} and unpack it"
     """What to do to have the data; `{home_page}` is filled in."""
     expected: ClassVar[Mapping[str, Counts]] = {}
-    """Published counts per category; empty where there are none to compare with."""
+    """Published categories and their counts; empty where there are none to compare with."""
+    unpacked: Sequence[str] = ()
+    """Folders that the published archives unpack to; one of them below the root is taken for the root."""
 
     variants: ClassVar[Mapping[str, str]] = {}
     """Published splits of the same images: name -> one line, the default first; empty where there is one alone."""
@@ -83,10 +76,18 @@ class LayoutDataset(ABC):
     def __init__(self, name: str, root: str | None, places: Places, variant: str | None = None) -> None:
         self.name = name
         self.variant = variant or next(iter(self.variants), None)
-        self.root = self.find_root(root, places)
+        self._named_root = self.find_root(root, places)
+
+    @cached_property
+    def root(self) -> str:
+        """Absolute path or URI of the categories' folder; empty when none was given and there is no data root."""
+        if self.unpacked and self._named_root and not self._holds_categories(self._named_root):
+            below = [f"{self._named_root}/{folder}" for folder in self.unpacked]
+            return next((folder for folder in below if self._holds_categories(folder)), self._named_root)
+        return self._named_root
 
     def find_root(self, root: str | None, places: Places) -> str:
-        """The given root, or the default place `<data root>/<name>`; empty when neither is known."""
+        """The given root, or the default place `<data root>/<name>`; empty when neither is known. Reads nothing."""
         if root is not None:
             return resolve_path(root)
         return f"{resolve_path(places.data_root)}/{self.name}" if places.data_root else ""
@@ -94,6 +95,10 @@ class LayoutDataset(ABC):
     def is_category(self, folder: str) -> bool:
         """Whether a folder looks like a category of this layout; never, where categories are not folders."""
         return False
+
+    def published_counts(self) -> Mapping[str, Counts]:
+        """Published counts of the variant in use; overridden where the variants differ."""
+        return self.expected
 
     @abstractmethod
     def scan(self, name: str) -> Scan:
@@ -106,6 +111,8 @@ class LayoutDataset(ABC):
         """Why no category can be found under the root, or None when at least one is there."""
         target = self.root or f"DATA/{self.name}"
         place = f"{self.obtain.format(home_page=self.home_page)}, so that {target}/{self.tree} exists"
+        if self.expected:
+            place += f" for its {len(self.expected)} categories ({join_first(self.expected)})"
         if not self.root:
             remedy = f"pass --data-root DATA or give the dataset a root; {place}"
             return LayoutProblem(category="", what="nobody named its folder", remedy=remedy)
@@ -113,20 +120,27 @@ class LayoutDataset(ABC):
             return None
         better = self._find_better_root()
         if better is not None:
-            level = "low" if self.root.startswith(f"{better}/") else "high"
-            or_parent = f", or {_parent(better)} as --data-root" if _base_name(better) == self.name else ""
-            return LayoutProblem(
-                category="",
-                what=f"its root {self.root} is too {level} in the tree: the categories lie in {better}",
-                remedy=f"name {better} as its root{or_parent}",
-            )
+            return self._point_to(better)
         if not is_folder(self.root):
             return LayoutProblem(category="", what=f"there is no folder {self.root}", remedy=place)
         folders = list_folders(self.root)
-        seen = f"its folders are {_join_first(folders)}" if folders else "it has no folders"
+        seen = f"its folders are {join_first(folders)}" if folders else "it has no folders"
         return LayoutProblem(
             category="", what=f"{self.root} has no category (looked for {self.tree}; {seen})", remedy=place
         )
+
+    def _point_to(self, better: str) -> LayoutProblem:
+        """The complaint about a root that is not where the categories are."""
+        remedy = f"name {better} as its root"
+        if better.startswith(f"{self.root}/") or self.root.startswith(f"{better}/") or _base_name(better) == self.name:
+            level = "low" if self.root.startswith(f"{better}/") else "high"
+            what = f"its root {self.root} is too {level} in the tree: the categories lie in {better}"
+            if _base_name(better) == self.name:
+                remedy += f", or {_parent(better)} as --data-root"
+        else:
+            what = f"there is no folder {self.root}, but the categories lie in {better}"
+            remedy += f", or move it to {self.root}"
+        return LayoutProblem(category="", what=what, remedy=remedy)
 
     def missing(self) -> str | None:
         """Why the data is not here and how to get it, or None when it is."""
@@ -139,6 +153,10 @@ class LayoutDataset(ABC):
             return ()
         folders = [name for name in list_folders(self.root) if self.is_category(f"{self.root}/{name}")]
         return tuple(sorted(unify_name(name) for name in folders))
+
+    def missing_categories(self) -> tuple[str, ...]:
+        """Published categories that are not under the root, sorted."""
+        return tuple(sorted(self.expected.keys() - set(self.category_names())))
 
     def category_folder(self, name: str) -> str:
         """Path of a category, whose folder may spell an accent another way than the search space does."""
@@ -181,8 +199,8 @@ class LayoutDataset(ABC):
                 problems.append(unknown)
                 continue
             scan = self.scan(name)
-            problems += scan.problems
-            problems += compare_counts(scan.category, self.expected.get(name))
+            problems += (*scan.problems, *scan.notes)
+            problems += compare_counts(scan.category, self.published_counts().get(name))
             problems += check_classes(scan.category)
             problems += check_files(scan.category, decode)
         return problems
@@ -191,27 +209,34 @@ class LayoutDataset(ABC):
         known = self.category_names()
         if unify_name(name) in known:
             return None
+        if name in self.expected:
+            return LayoutProblem(
+                category=name,
+                what=f"the published category {name!r} is not in {self.root} (looked for {self.tree})",
+                remedy=f"{self.obtain.format(home_page=self.home_page)}, or name only categories that are there: "
+                f"{join_first(known)}",
+            )
         near = difflib.get_close_matches(name.lower(), [other.lower() for other in known], n=1, cutoff=0.5)
         nearest = [other for other in known if near and other.lower() == near[0]]
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
         return LayoutProblem(
             category=name,
             what=f"there is no category {name!r} in {self.root} (looked for {self.tree})",
-            remedy=f"{hint}Found: {_join_first(known)}",
+            remedy=f"{hint}Found: {join_first(known)}",
         )
 
     def _find_better_root(self) -> str | None:
-        """The folder a few levels above or below the root that does hold categories."""
+        """The folder a few levels above, below or beside the root that does hold categories."""
         folder = self.root
-        for _ in range(3):
+        for _ in range(5):
             parent = _parent(folder)
             if not parent:
                 break
-            if self.is_category(folder) or (_base_name(parent) == self.name and self._holds_categories(parent)):
+            if self.is_category(folder) or self._holds_this_dataset(parent):
                 return parent
             folder = parent
-        # Any folder below a root that exists will do, best one with the dataset's name; beside a missing root only
-        # a folder with that name.
+        # Below a root that exists, or beside one that does not. Any dataset of one's own will do below the root; for
+        # the rest only a folder that goes by the dataset's name or holds its published categories.
         exists = is_folder(self.root)
         level = [self.root if exists else _parent(self.root)]
         found: list[str] = []
@@ -221,11 +246,18 @@ class LayoutDataset(ABC):
             level = level[: _FOLDERS_LOOKED_INTO - looked_into]
             looked_into += len(level)
             found += [folder for folder in level if self._holds_categories(folder)]
-        named = [folder for folder in found if _base_name(folder) == self.name]
-        return next(iter(named or (found if exists else ())), None)
+        ours = [folder for folder in found if self._holds_this_dataset(folder)]
+        ours.sort(key=lambda folder: _base_name(folder) != self.name)
+        return next(iter(ours or (found if exists and not self.expected else ())), None)
 
     def _holds_categories(self, folder: str) -> bool:
         return any(self.is_category(f"{folder}/{name}") for name in list_folders(folder))
+
+    def _holds_this_dataset(self, folder: str) -> bool:
+        """Whether a folder holds categories and goes by the dataset's name, or holds a published category."""
+        if _base_name(folder) == self.name:
+            return self._holds_categories(folder)
+        return any(self.is_category(f"{folder}/{name}") for name in self.expected)
 
 
 def unify_name(name: str) -> str:
@@ -267,14 +299,15 @@ def pair_masks(images: Sequence[str], masks: Sequence[str], suffix: str = "_mask
 def describe_pairing(category: str, pairing: Pairing, image_folder: str, mask_folder: str) -> list[LayoutProblem]:
     """The complaints of a pairing, one per kind, each with the number and the first few names."""
     problems = []
+    is_optional = "/ground_truth/" in mask_folder
     if pairing.without_mask:
         problems.append(
             LayoutProblem(
                 category=category,
                 what=f"{len(pairing.without_mask)} anomalous images in {image_folder} have no mask in {mask_folder}: "
-                f"{_join_first(pairing.without_mask)}",
-                remedy="copy the missing masks (same stem, or with _mask); a category without any masks has no "
-                "ground_truth folder at all",
+                f"{join_first(pairing.without_mask)}",
+                remedy="copy the missing masks (same stem, or with _mask)"
+                + ("; a category without any masks has no ground_truth folder at all" if is_optional else ""),
             )
         )
     if pairing.without_image:
@@ -282,7 +315,7 @@ def describe_pairing(category: str, pairing: Pairing, image_folder: str, mask_fo
             LayoutProblem(
                 category=category,
                 what=f"{len(pairing.without_image)} masks in {mask_folder} belong to no image in {image_folder}: "
-                f"{_join_first(pairing.without_image)}",
+                f"{join_first(pairing.without_image)}",
                 remedy="copy the missing images, or remove these masks",
             )
         )
@@ -291,85 +324,11 @@ def describe_pairing(category: str, pairing: Pairing, image_folder: str, mask_fo
             LayoutProblem(
                 category=category,
                 what=f"{len(pairing.ambiguous)} images in {image_folder} and their masks in {mask_folder} are not one "
-                f"to one: {_join_first(pairing.ambiguous)}",
+                f"to one: {join_first(pairing.ambiguous)}",
                 remedy="keep one image and one mask per stem",
             )
         )
     return problems
-
-
-def compare_counts(category: Category, expected: Counts | None) -> list[LayoutProblem]:
-    """Complaints where the number of images is not the published one; none where no counts are published."""
-    if expected is None:
-        return []
-    found = Counter(f"test/{sample.defect_type}" for sample in category.test if sample.label == 1)
-    found["train"] = len(category.train)
-    found["test, normal"] = sum(sample.label == 0 for sample in category.test)
-    wanted = Counter({f"test/{name}": count for name, count in expected.defects.items()})
-    wanted["train"], wanted["test, normal"] = expected.train, expected.good
-    return [
-        LayoutProblem(
-            category=category.name,
-            what=f"{part}: {found[part]} images where {wanted[part]} are published",
-            remedy="copy the missing images again" if found[part] < wanted[part] else "remove those that are extra",
-        )
-        for part in sorted(found.keys() | wanted.keys())
-        if found[part] != wanted[part]
-    ]
-
-
-def check_classes(category: Category) -> list[LayoutProblem]:
-    """A complaint where the test images are all normal or all anomalous, so that no AUROC exists."""
-    labels = {sample.label for sample in category.test}
-    if len(labels) != 1:
-        return []
-    kind = "anomalous" if labels == {1} else "normal"
-    return [
-        LayoutProblem(
-            category=category.name,
-            what=f"all {len(category.test)} test images are {kind}, so there is no AUROC",
-            remedy="add test images of the other kind",
-        )
-    ]
-
-
-def check_files(category: Category, decode: bool) -> list[LayoutProblem]:
-    """Complaints about files that cannot be read and masks of another size than their image.
-
-    Args:
-        category: the images and masks to open.
-        decode: decode every pixel instead of reading headers alone.
-    """
-    samples = (*category.train, *category.test)
-    with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1)), thread_name_prefix="check") as pool:
-        return list(chain.from_iterable(pool.map(lambda sample: _check_sample(sample, decode), samples)))
-
-
-def _check_sample(sample: Sample, decode: bool) -> list[LayoutProblem]:
-    """Opens one image and its mask."""
-    found: list[ImageProblem] = []
-    size = mask_size = None
-    try:
-        size = read_image(sample.path).size[::-1] if decode else read_size(sample.path)
-    except ImageProblem as problem:
-        found.append(problem)
-    if sample.mask_path is not None:
-        try:
-            if decode:
-                mask = read_mask(sample.mask_path)
-                mask_size = mask.shape
-                if sample.label == 1 and not mask.any():
-                    raise ImageProblem(
-                        f"the mask {sample.mask_path} of an anomalous image marks no pixel",
-                        "paint the defect in any colour but black",
-                    )
-            else:
-                mask_size = read_size(sample.mask_path, "mask")
-            if size is not None:
-                match_sizes(sample, size, mask_size)
-        except ImageProblem as problem:
-            found.append(problem)
-    return [LayoutProblem(category=sample.category, what=problem.what, remedy=problem.remedy) for problem in found]
 
 
 def _parent(path: str) -> str:
@@ -386,7 +345,7 @@ def _stem(name: str) -> str:
     return unify_name(os.path.splitext(name)[0])
 
 
-def _join_first(names: Iterable[str], most: int = 5) -> str:
+def join_first(names: Iterable[str], most: int = 5) -> str:
     """The first few names, and how many more there are."""
     names = list(names)
     shown = ", ".join(names[:most])

@@ -30,7 +30,7 @@ class Entry:
 
     name: str
     is_folder: bool
-    """Links are followed; a link that leads nowhere counts as a file, so that reading it says so."""
+    """Links are followed; a link that leads nowhere or to itself counts as a file, so that reading it says so."""
 
     @property
     def is_image(self) -> bool:
@@ -44,10 +44,19 @@ def is_uri(path: str) -> bool:
 
 
 def resolve_path(path: str) -> str:
-    """Absolute form of what a user wrote: `~` expanded, `file://` made local, no slash at the end; links are kept."""
+    """Absolute form of what a user wrote: `~` expanded, `file://` made local, no slash at the end; links are kept.
+
+    Raises:
+        AdgridError: a URI with options, which could not be told from the names of files below it.
+    """
     if path.startswith("file://"):
         path = unquote(urlsplit(path).path)
     if is_uri(path):
+        if "?" in path:
+            raise AdgridError(
+                f"{path}: a URI of data takes no options after '?'; set them where pyarrow finds them, such as the "
+                "endpoint in AWS_ENDPOINT_URL"
+            )
         return path.rstrip("/")
     return os.path.abspath(os.path.expanduser(path))
 
@@ -120,7 +129,14 @@ def stat_file(path: str) -> tuple[int, int]:
 
 def _list_local(path: str) -> list[Entry]:
     with os.scandir(path) as entries:
-        return [Entry(name=entry.name, is_folder=entry.is_dir()) for entry in entries]
+        return [Entry(name=entry.name, is_folder=_leads_to_folder(entry)) for entry in entries]
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle; one of them must not hide the whole folder
+        return False
 
 
 def _list_uri(path: str) -> list[Entry]:

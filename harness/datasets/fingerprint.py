@@ -1,7 +1,8 @@
 """What a dataset's content is, whatever its place and age: hashes of the files, and the k-shot draw.
 
 A hash covers a file's bytes. Size and modification time only tell whether a remembered hash is stale; they and the
-absolute path never enter an id, so every node and every copy of the data gets the same ids.
+absolute path never enter an id, so every node and every copy of the data gets the same ids. Where a store keeps no
+times nothing is remembered: a size alone cannot tell two BMP images apart.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def content_hashes(
         for path, digest in zip(stale, pool.map(_hash_file, stale), strict=True):
             size, mtime_ns, _ = found[path]
             hashes[path] = digest
-            if started_ns - mtime_ns > _SETTLED_NS:
+            if mtime_ns and started_ns - mtime_ns > _SETTLED_NS:
                 folder, _, name = path.rpartition("/")
                 fresh[folder][name] = (size, mtime_ns, digest)
             done += 1

@@ -12,6 +12,7 @@ image. Masks of normal images (`ground_truth/good`) are not read: a normal image
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -32,57 +33,73 @@ class Folder(LayoutDataset):
 
     normal_folder: ClassVar[str] = "good"
     """Name of the folders with normal images."""
+    images_in: ClassVar[str] = "{split}/{kind}"
+    """Where the images of a split and a kind (`good`, or a defect type) lie in a category."""
+    masks_in: str = "ground_truth/{kind}"
+    """Where the masks of a kind lie in a category, below a folder that is there if the category has masks at all."""
+    train_splits: Sequence[str] = ("train",)
+    """Splits whose normal images are for fitting."""
 
     def is_category(self, folder: str) -> bool:
         """A category has a folder of normal training images."""
-        return is_folder(f"{folder}/train/{self.normal_folder}")
+        return is_folder(f"{folder}/{self._images_in('train', self.normal_folder)}")
 
     def scan(self, name: str) -> Scan:
         """Lists the images of a category and pairs them with their masks."""
         folder = self.category_folder(name)
-        truth = f"{folder}/ground_truth"
-        mask_folders = {unify_name(defect): f"{truth}/{defect}" for defect in list_folders(truth)}
+        truth, _, inside = self.masks_in.partition("/{kind}")
+        truth = f"{folder}/{truth}"
+        mask_folders = {unify_name(kind): f"{truth}/{kind}{inside}" for kind in list_folders(truth)}
         has_masks = is_folder(truth)
         problems: list[LayoutProblem] = []
 
-        train = self._list_samples(name, folder, "train", self.normal_folder)
-        if not train:
-            problems.append(_complain_empty(name, f"{folder}/train/{self.normal_folder}", "training"))
+        train: list[Sample] = []
+        for split in self.train_splits:
+            samples = self._list_samples(name, folder, split, self.normal_folder)
+            if not samples:
+                images = f"{folder}/{self._images_in(split, self.normal_folder)}"
+                problems.append(_complain_empty(name, images, "training"))
+            train += samples
         test: list[Sample] = []
         test_folders = list_folders(f"{folder}/test")
         if not test_folders:
             problems.append(_complain_empty(name, f"{folder}/test", "test"))
         for kind in test_folders:
+            images = f"{folder}/{self._images_in('test', kind)}"
             samples = self._list_samples(name, folder, "test", kind)
             if not samples:
-                problems.append(_complain_empty(name, f"{folder}/test/{kind}", "test"))
+                problems.append(_complain_empty(name, images, "test"))
             elif has_masks and kind != self.normal_folder:
-                masks = mask_folders.get(unify_name(kind), f"{truth}/{kind}")
+                masks = mask_folders.get(unify_name(kind), f"{truth}/{kind}{inside}")
                 pairing = pair_masks([_file_name(sample.path) for sample in samples], list_images(masks))
-                problems += describe_pairing(name, pairing, f"{folder}/test/{kind}", masks)
+                problems += describe_pairing(name, pairing, images, masks)
                 mask_of = {image: f"{masks}/{mask}" for image, mask in pairing.mask_of.items()}
                 samples = [replace(sample, mask_path=mask_of.get(_file_name(sample.path))) for sample in samples]
             test += samples
 
         strays = mask_folders.keys() - {unify_name(kind) for kind in test_folders} - {self.normal_folder}
-        for defect in sorted(strays):
-            pairing = pair_masks([], list_images(mask_folders[defect]))
-            problems += describe_pairing(name, pairing, f"{folder}/test/{defect}", mask_folders[defect])
-        category = Category(name=unify_name(name), train=_in_order(train), test=_in_order(test), has_masks=has_masks)
+        for kind in sorted(strays):
+            pairing = pair_masks([], list_images(mask_folders[kind]))
+            problems += describe_pairing(name, pairing, f"{folder}/{self._images_in('test', kind)}", mask_folders[kind])
+        category = Category(name=unify_name(name), train=in_order(train), test=in_order(test), has_masks=has_masks)
         return Scan(category=category, problems=tuple(problems))
+
+    def _images_in(self, split: str, kind: str) -> str:
+        return self.images_in.format(split=split, kind=kind)
 
     def _list_samples(self, category: str, folder: str, split: str, kind: str) -> list[Sample]:
         normal = kind == self.normal_folder
+        images = f"{folder}/{self._images_in(split, kind)}"
         return [
             Sample(
-                path=f"{folder}/{split}/{kind}/{image}",
+                path=f"{images}/{image}",
                 category=unify_name(category),
                 sample_id=unify_name(f"{split}/{kind}/{image}"),
-                split="train" if split == "train" else "test",
+                split="test" if split == "test" else "train",
                 label=0 if normal else 1,
                 defect_type="good" if normal else unify_name(kind),
             )
-            for image in list_images(f"{folder}/{split}/{kind}")
+            for image in list_images(images)
         ]
 
 
@@ -100,7 +117,7 @@ def _file_name(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def _in_order(samples: list[Sample]) -> tuple[Sample, ...]:
+def in_order(samples: list[Sample]) -> tuple[Sample, ...]:
     """By name within the category, so in the same order wherever the data lie."""
     return tuple(sorted(samples, key=lambda sample: sample.sample_id))
 

@@ -9,10 +9,12 @@ What happens to unusual files, the same for every dataset:
 - Images and masks are turned upright by their own EXIF orientation. A mask belongs to the upright image.
 - A mask pixel is a defect when it is drawn in any other colour than black: small class ids, 255, 16 bit and colours
   alike. A palette counts by its colours, and a fully transparent pixel is not drawn. In lossy formats (JPEG, WebP)
-  compression leaves faint grey around every edge, so there a defect is 128 and more.
+  compression leaves faint grey around every edge, so there a defect is 128 and more. A mask in which this cannot be
+  told (a lossy one that is dark all over; 16-bit colour, of which Pillow keeps the upper half, with nothing in it) is
+  refused.
 
 Opening is restricted to the raster formats below, whatever the extension says; Pillow would otherwise hand some files
-to other programs.
+to other programs. So is the size: Pillow refuses images above 2 * `PIL.Image.MAX_IMAGE_PIXELS`, 179 million pixels.
 """
 
 from __future__ import annotations
@@ -94,10 +96,12 @@ def read_mask(path: str) -> NDArray[np.uint8]:
         (H, W) uint8, 1 = defect, 0 = normal; upright.
 
     Raises:
-        ImageProblem: the file cannot be read, or is lossy and too dark to tell defects from compression noise.
+        ImageProblem: the file cannot be read, or its defects cannot be told from compression noise or lost bits.
     """
     with _decoding(path, "mask") as image:
         lossy = image.format in _LOSSY_FORMATS or image.info.get("compression") == "jpeg"
+        layouts = str(image.tile)  # type: ignore[attr-defined]  # such as "RGB;16B", until it is loaded
+        deep_colour = ";16" in layouts and len(image.getbands()) > 1
         image.load()
         image = _turn_upright(image)
         if image.mode in ("P", "PA"):
@@ -118,6 +122,12 @@ def read_mask(path: str) -> NDArray[np.uint8]:
                 "save masks as PNG, or as 0 and 255",
             )
         pixels = pixels >= 128
+    if deep_colour and not pixels.any():
+        raise ImageProblem(
+            f"cannot read mask {path}: it has 16 bits per colour and no value above 255, and the lower 8 bits are lost "
+            "in decoding",
+            "save masks with 8 bits, or as 16-bit grey",
+        )
     defect = pixels != 0
     if visible is not None:
         defect &= visible
@@ -216,6 +226,11 @@ def _decoding(path: str, kind: Literal["image", "mask"]) -> Iterator[Image.Image
             yield image
     except (AdgridError, MemoryError):
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageProblem(
+            f"cannot read {kind} {path}: it is too large to decode safely ({error})",
+            "cut it into tiles, or scale it down",
+        ) from error
     except FileNotFoundError as error:
         raise ImageProblem(f"cannot read {kind} {path}: no such file", "copy it again from its source") from error
     except (

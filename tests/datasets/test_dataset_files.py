@@ -68,6 +68,8 @@ def test_paths_are_made_absolute_and_uris_left_alone(tmp_path, monkeypatch):
     assert resolve_path("a/../b/") == f"{tmp_path}/b"
     assert resolve_path("file:///data/my%20parts") == "/data/my parts"
     assert resolve_path("s3://bucket/data/") == "s3://bucket/data"
+    with pytest.raises(AdgridError, match="takes no options"):
+        resolve_path("s3://bucket/data?endpoint_override=localhost:9000")
 
 
 def test_a_folder_that_may_not_be_listed_is_an_error_and_an_absent_one_is_empty(tmp_path, monkeypatch):

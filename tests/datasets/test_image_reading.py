@@ -6,10 +6,12 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
-from harness.contracts import AdgridError, Preprocessing, Sample
+from harness.contracts import AdgridError, Preprocessing, Sample, SampleKey
 from harness.datasets.images import load_image, load_mask, read_image, read_mask, read_size
+from harness.image_split import ImageSplit
 
 
 def anomalous(path, mask_path):
@@ -334,3 +336,10 @@ def test_a_crop_larger_than_the_resized_image_is_refused(tmp_path, colours):
     path = save(colours, tmp_path / "a.png")
     with pytest.raises(AdgridError, match=r"32 x 32 .*resize \(now 16\)"):
         load_image(path, Preprocessing(image_size=(32, 32), resize=16))
+
+
+def test_every_value_of_a_pixel_becomes_its_share_of_255_exactly(tmp_path):
+    path = save(np.arange(256, dtype=np.uint8).reshape(16, 16), tmp_path / "a.png")
+    split = ImageSplit([SampleKey(path=path, category="c", sample_id="a")], Preprocessing(image_size=(16, 16)))
+    expected = torch.arange(256, dtype=torch.float32).div(255).reshape(16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(split.take([0]).images, expected)
