@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from harness.imagebind import rename_imagebind
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -39,7 +41,13 @@ class BackboneRow:
     model_args: tuple[tuple[str, Any], ...] = ()
     """Further arguments of `timm.create_model`."""
     file_changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields that are different when the weights are given as a file."""
+    """Fields that are different when the weights are a file that does not carry its published name."""
+    url: str | None = None
+    """Address of the published weights, where they are others than timm's."""
+    num_parameters: int | None = None
+    """Numbers in that file, where it holds more than the network."""
+    position_offset: float | None = None
+    """Position embeddings are resampled as the official DINOv2 code does it; see `harness.positions`."""
 
 
 def rename_efficientnet_lite(checkpoint: dict[str, Tensor], model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,6 +92,15 @@ def _lite(number: int) -> BackboneRow:
 _FROM_TENSORFLOW = {"mean": _HALF, "std": _HALF, "model_args": (("pad_type", "same"),)}
 """MobileNet checkpoints converted from TensorFlow: stride-2 convolutions pad right and below only."""
 
+DINOV2_OFFSET = 0.1
+"""`interpolate_offset` of the DINOv2 models without registers; those with registers are resampled as timm does it."""
+
+
+def official_position_offset(architecture: str) -> float | None:
+    """The offset that belongs to a model of timm, None for all but DINOv2 without registers."""
+    return DINOV2_OFFSET if "_dinov2" in architecture and "_reg" not in architecture else None
+
+
 BACKBONES: dict[str, BackboneRow] = {
     "tf_efficientnet_lite0": _lite(0),
     "tf_efficientnet_lite1": _lite(1),
@@ -96,6 +113,33 @@ BACKBONES: dict[str, BackboneRow] = {
         summary="WideResNet-50-2, torchvision's first ImageNet-1k weights (PaDiM, PatchCore, CFLOW, GLASS, ToCoAD)",
     ),
     "efficientnet_b4": BackboneRow(architecture="efficientnet_b4.ra2_in1k", summary="EfficientNet-B4 (UniAD)"),
+    "dinov2-base": BackboneRow(
+        architecture="vit_base_patch14_dinov2.lvd142m",
+        summary="DINOv2 ViT-B/14 without registers (ADPretrain)",
+        position_offset=DINOV2_OFFSET,
+    ),
+    "dinov2-large": BackboneRow(
+        architecture="vit_large_patch14_dinov2.lvd142m",
+        summary="DINOv2 ViT-L/14 without registers (ADPretrain)",
+        position_offset=DINOV2_OFFSET,
+    ),
+    # OpenAI trained CLIP with x * sigmoid(1.702 x), which timm calls quickgelu. timm's plain `vit_*_clip_224.openai`
+    # loads the same weights into a network with the exact GELU and gives other features.
+    "clip-base": BackboneRow(
+        architecture="vit_base_patch16_clip_quickgelu_224.openai", summary="OpenAI CLIP ViT-B/16 (ADPretrain)"
+    ),
+    "clip-large": BackboneRow(
+        architecture="vit_large_patch14_clip_quickgelu_224.openai", summary="OpenAI CLIP ViT-L/14 (ADPretrain)"
+    ),
+    # timm's ViT-H/14 of the CLIP kind, with its input scale; `layernorm` has ImageBind's epsilon of 1e-6, not 1e-5.
+    "imagebind": BackboneRow(
+        architecture="vit_huge_patch14_clip_224",
+        summary="ImageBind-huge, vision trunk, a ViT-H/14; licence CC BY-NC 4.0 (ADPretrain)",
+        model_args=(("norm_layer", "layernorm"),),
+        rename_keys=rename_imagebind,
+        url="https://dl.fbaipublicfiles.com/imagebind/imagebind_huge.pth",
+        num_parameters=1_200_000_000,  # of all six modalities together
+    ),
     "mobilenetv2_100": BackboneRow(
         architecture="mobilenetv2_100.ra_in1k",
         summary="MobileNetV2 1.0; a file is taken for a TensorFlow conversion (mobilenetv2_100.ra_in1k for timm's)",
@@ -131,5 +175,6 @@ class ResolvedBackbone:
     """How the images of the pretraining were resized."""
     model_args: tuple[tuple[str, Any], ...] = ()
     rename_keys: RenameKeys | None = None
+    position_offset: float | None = None
     cache_dir: str | None = dataclasses.field(default=None, compare=False)
     """Where the hash of the weight file is remembered."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from importlib.metadata import version
 from typing import Any, Literal
@@ -21,20 +21,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from harness.backbone_table import BACKBONES, BackboneRow, ResolvedBackbone
+from harness.backbone_table import BACKBONES, BackboneRow, ResolvedBackbone, official_position_offset
 from harness.contracts import AdgridError, LevelChoice, derive_seed
 from harness.identity import content_id
+from harness.positions import resample_positions
 from harness.registry import did_you_mean, plugin_backbones
 from harness.taps import (
     PixelNorm,
     TrainableBackbone,
+    default_layers,
     feature_taps,
     fold_batch_norms,
     freeze_unused_parameters,
     run_to_taps,
     survives_folding,
 )
-from harness.weights import find_weight_file, find_weights, load_weights, weights_fingerprint
+from harness.weights import (
+    WeightSource,
+    find_weight_file,
+    find_weights,
+    load_weights,
+    match_checkpoint,
+    weight_sources,
+    weights_fingerprint,
+)
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -110,7 +120,8 @@ def _find_row(name: str) -> BackboneRow:
         return row
     timm = import_timm()
     if timm.is_model(name):
-        return BackboneRow(architecture=name, summary="model of timm")
+        offset = official_position_offset(name)
+        return BackboneRow(architecture=name, summary="model of timm", position_offset=offset)
     everything = {*backbone_names(), *timm.list_models(), *timm.list_models(pretrained=True)}
     raise AdgridError(
         f"unknown backbone {name!r}{did_you_mean(name, everything, num=3)}; "
@@ -140,8 +151,8 @@ def resolve_backbone(
 
     Args:
         name: a named backbone or any model of timm, with or without tag.
-        weights: `auto` (installed package, then the hub's cache), a file, a folder with `<name>.safetensors` or `.pth`,
-            or `random` (seeded by the name; for plumbing tests).
+        weights: `auto` (installed package, then the caches of the hub and of torch), a file, a folder with
+            `<name>.safetensors` or `.pth`, or `random` (seeded by the name; for plumbing tests).
         cache_dir: folder of this node in which the hash of the weight file is remembered.
         download: fetch missing weights from the hub into its cache.
 
@@ -157,12 +168,16 @@ def resolve_backbone(
     elif weights == "auto":
         source, path = find_weights(name, row, config, download)
     else:
-        source, path = "file", find_weight_file(name, row, weights)
-        row = dataclasses.replace(row, **row.file_changes)
+        source = "file"
+        path, published = find_weight_file(name, row, config, weights)
+        if not published:
+            row = dataclasses.replace(row, **row.file_changes)
+    # A row with an address of its own has other weights than those of timm's tag.
+    tag = None if config is None or row.url else config.tag
     interpolation: Any = row.interpolation or getattr(config, "interpolation", "bilinear")
     return ResolvedBackbone(
         name=name,
-        architecture=f"{config.architecture}.{config.tag}" if config and config.tag else row.architecture,
+        architecture=f"{config.architecture}.{tag}" if tag else row.architecture,
         source=source,
         weights_path=path,
         mean=row.mean or tuple(getattr(config, "mean", (0.485, 0.456, 0.406))),
@@ -170,6 +185,7 @@ def resolve_backbone(
         interpolation=interpolation if interpolation in ("bilinear", "bicubic", "nearest") else "bilinear",
         model_args=row.model_args,
         rename_keys=row.rename_keys,
+        position_offset=row.position_offset,
         cache_dir=cache_dir,
     )
 
@@ -181,12 +197,45 @@ def backbone_fingerprint(resolved: ResolvedBackbone, precision: Precision = "flo
             weights_fingerprint(resolved),
             resolved.architecture,
             resolved.model_args,
+            resolved.position_offset,
             resolved.mean,
             resolved.std,
             precision,
             version("timm"),
         ]
     )
+
+
+def published_sources(name: str) -> tuple[WeightSource, ...]:
+    """Where the weights of a backbone are published, in the order in which `auto` looks."""
+    row = _find_row(name)
+    return weight_sources(row, _pretrained_config(row.architecture, name))
+
+
+def published_stem(name: str) -> str:
+    """File name, without its ending, under which published weights are found in a folder and read as published."""
+    row = _find_row(name)
+    return row.architecture if row.file_changes else name
+
+
+def num_parameters(name: str) -> int:
+    """About how many numbers the published weight file holds, by the architecture with its classifier."""
+    row = _find_row(name)
+    if row.num_parameters is not None:
+        return row.num_parameters
+    with torch.device("meta"):
+        network = import_timm().create_model(row.architecture, pretrained=False, **dict(row.model_args))
+    return sum(tensor.numel() for tensor in network.state_dict().values())
+
+
+def check_weights_fit(resolved: ResolvedBackbone) -> None:
+    """Compares the names and shapes in a weight file with the network's; builds no network.
+
+    Raises:
+        AdgridError: the file cannot be read or does not fit; says what is missing, left over or of another shape.
+    """
+    if resolved.weights_path is not None:
+        match_checkpoint(_meta_network(resolved, _native_size(resolved)), resolved)
 
 
 # --- networks ------------------------------------------------------------------------------------------------------
@@ -199,40 +248,51 @@ def _create(architecture: str, model_args: tuple[tuple[str, Any], ...], device: 
 
 
 @cache
-def _full_model_args(architecture: str, model_args: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
-    """Adds the option by which transformers interpolate their position embedding to any grid, where there is one."""
-    family = type(_create(architecture, model_args, "meta"))
-    if "dynamic_img_size" in inspect.signature(family.__init__).parameters and "img_size" not in dict(model_args):
-        return (("dynamic_img_size", True), *model_args)
-    return model_args
+def _full_model_args(resolved: ResolvedBackbone) -> tuple[tuple[str, Any], ...]:
+    """Adds the option by which transformers interpolate their position embedding to any grid, where there is one.
+
+    A backbone with a rule of its own for that is fitted to one size instead.
+    """
+    model_args = resolved.model_args
+    family = type(_create(resolved.architecture, model_args, "meta"))
+    dynamic = "dynamic_img_size" in inspect.signature(family.__init__).parameters and "img_size" not in dict(model_args)
+    return (("dynamic_img_size", True), *model_args) if dynamic and resolved.position_offset is None else model_args
 
 
-def _fit_image_size(network: nn.Module, model_args: Mapping[str, Any], image_size: tuple[int, int]) -> None:
-    """Prepares transformers that know one size only for another."""
-    adapt = getattr(network, "set_input_size", None)
+def _fit_image_size(network: Any, resolved: ResolvedBackbone, image_size: tuple[int, int]) -> None:
+    """Prepares transformers that know one size only for another. Raises ValueError if it is no multiple of a patch."""
     config = getattr(network, "pretrained_cfg", {})
-    if adapt and "dynamic_img_size" not in model_args and tuple(config["input_size"][1:]) != tuple(image_size):
-        adapt(img_size=image_size)
+    fixed = hasattr(network, "set_input_size") and "dynamic_img_size" not in dict(_full_model_args(resolved))
+    if not fixed or tuple(config["input_size"][1:]) == tuple(image_size):
+        return
+    positions: Any = getattr(network, "pos_embed", None)
+    network.set_input_size(img_size=image_size)
+    if resolved.position_offset is not None:
+        patch = network.patch_embed.patch_size
+        if image_size[0] % patch[0] or image_size[1] % patch[1]:
+            raise ValueError(f"no multiple of the patch size {patch[0]}")
+        grid = image_size[0] // patch[0], image_size[1] // patch[1]
+        with torch.no_grad():
+            resampled = resample_positions(positions, grid, network.num_prefix_tokens, resolved.position_offset)
+        network.pos_embed = nn.Parameter(resampled)
 
 
 @lru_cache(maxsize=8)
 def _meta_network(resolved: ResolvedBackbone, image_size: tuple[int, int]) -> nn.Module:
     """The network without numbers: enough for names and shapes, at no memory."""
-    model_args = _full_model_args(resolved.architecture, resolved.model_args)
-    network = _create(resolved.architecture, model_args, "meta")
-    _fit_image_size(network, dict(model_args), image_size)
+    network = _create(resolved.architecture, _full_model_args(resolved), "meta")
+    _fit_image_size(network, resolved, image_size)
     return network
 
 
 def _build_network(resolved: ResolvedBackbone, image_size: tuple[int, int]) -> nn.Module:
     """The network with its weights, in eval mode, on the CPU."""
-    model_args = _full_model_args(resolved.architecture, resolved.model_args)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("random weights", resolved.architecture))
-        network = _create(resolved.architecture, model_args, "cpu")
+        network = _create(resolved.architecture, _full_model_args(resolved), "cpu")
     if resolved.weights_path is not None:
         load_weights(network, resolved)
-    _fit_image_size(network, dict(model_args), image_size)
+    _fit_image_size(network, resolved, image_size)
     return network
 
 
@@ -381,7 +441,7 @@ def _build_size(resolved: ResolvedBackbone, image_size: tuple[int, int]) -> tupl
     """The size a network is built for: the images' where it knows only one, otherwise its own."""
     native = _native_size(resolved)
     fixed = hasattr(_meta_network(resolved, native), "set_input_size")
-    dynamic = "dynamic_img_size" in dict(_full_model_args(resolved.architecture, resolved.model_args))
+    dynamic = "dynamic_img_size" in dict(_full_model_args(resolved))
     return tuple(image_size) if fixed and not dynamic else native  # type: ignore[return-value]
 
 
@@ -423,37 +483,16 @@ def check_layers(resolved: ResolvedBackbone, layers: Sequence[str | int]) -> tup
 
 
 def choose_layers(resolved: ResolvedBackbone, choice: LevelChoice) -> tuple[str, ...]:
-    """The layers a method reads when the search space names none.
-
-    Pyramid networks: the last feature level of timm's list at each stride of `choice.strides`. Networks of one stride
-    (plain ViTs): the four canonical taps are the outputs of the blocks at a quarter, a half, three quarters and the
-    end of the depth, counted from one: 3, 6, 9, 12 of 12; 6, 12, 18, 24 of 24; 8, 16, 24, 32 of 32 (ADPretrain, arXiv
-    2511.05245); module names count from zero, so block 3 is `blocks.2`.
+    """The layers a method reads when the search space names none; `harness.taps.default_layers` has the rule.
 
     Raises:
-        AdgridError: the backbone has no such stride or tap.
+        AdgridError: the backbone has none of the strides, not that tap, or no list of feature levels at all.
     """
-    taps = [tap for tap in feature_taps(_meta_network(resolved, _native_size(resolved))) if "reduction" in tap]
-    if not taps:
-        raise AdgridError(f"backbone {resolved.name!r} has no list of feature levels; name its `layers`")
-    if len(taps) > 1 and len({tap["reduction"] for tap in taps}) == 1:
-        depth = len(taps)
-        canonical = list(dict.fromkeys(-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)))
-        try:
-            chosen = [canonical[position] for position in choice.taps]
-        except IndexError:
-            raise AdgridError(
-                f"backbone {resolved.name!r} has {len(canonical)} canonical taps, not {choice.taps}; name its `layers`"
-            ) from None
-        return check_layers(resolved, [taps[index]["module"] for index in chosen])
-    by_stride = {tap["reduction"]: tap["module"] for tap in taps}  # a later level replaces an earlier one
-    for stride in choice.strides:
-        if stride not in by_stride:
-            raise AdgridError(
-                f"backbone {resolved.name!r} has no level of stride {stride}, only {', '.join(map(str, by_stride))}; "
-                "name its `layers`"
-            )
-    return check_layers(resolved, [by_stride[stride] for stride in choice.strides])
+    try:
+        return check_layers(resolved, default_layers(_meta_network(resolved, _native_size(resolved)), choice))
+    except AdgridError as error:
+        reason = str(error).removeprefix(f"backbone {resolved.name!r}").lstrip(": ")
+        raise AdgridError(f"backbone {resolved.name!r} {reason}; name its `layers`") from None
 
 
 def level_shapes(

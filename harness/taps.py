@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.contracts import AdgridError
+from harness.contracts import AdgridError, LevelChoice
 
 
 class _AllTapsReached(Exception):
@@ -72,6 +72,38 @@ def feature_taps(network: nn.Module) -> list[Mapping[str, Any]]:
     """timm's own list of feature levels, shallow to deep: `module`, `num_chs`, `reduction`; empty where it has none."""
     info: Any = getattr(network, "feature_info", ())
     return [tap for tap in getattr(info, "info", info) if tap.get("module")]
+
+
+def default_layers(network: nn.Module, choice: LevelChoice) -> list[str]:
+    """The modules that a method reads where nobody names layers.
+
+    Pyramid networks: the last of timm's feature levels at each stride of `choice.strides`, so ResNets give `layer1` to
+    `layer4` for 4, 8, 16, 32 and EfficientNet-B4 its stages of 24, 32, 56 and 160 channels for 2, 4, 8, 16 (UniAD,
+    arXiv 2206.03687). A stride without a level is left out: Swin and ConvNeXt begin at 4.
+
+    Networks of one stride (plain ViTs): `choice.taps` are positions in four canonical taps, the outputs of the blocks
+    at a quarter, a half, three quarters and the end of the depth, counted from one: 3, 6, 9, 12 of 12; 6, 12, 18, 24
+    of 24; 8, 16, 24, 32 of 32 (ADPretrain, arXiv 2511.05245). Module names count from zero, so block 3 is `blocks.2`.
+
+    Raises:
+        AdgridError: the network has none of the strides, not that tap, or no list of feature levels.
+    """
+    taps = [tap for tap in feature_taps(network) if "reduction" in tap]
+    if not taps:
+        raise AdgridError("has no list of feature levels")
+    if len(taps) > 1 and len({tap["reduction"] for tap in taps}) == 1:
+        depth = len(taps)
+        canonical = list(dict.fromkeys(-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)))
+        try:
+            return [taps[canonical[position]]["module"] for position in choice.taps]
+        except IndexError:
+            raise AdgridError(f"has {len(canonical)} canonical taps, not {choice.taps}") from None
+    by_stride = {tap["reduction"]: tap["module"] for tap in taps}  # a later level replaces an earlier one
+    chosen = [by_stride[stride] for stride in choice.strides if stride in by_stride]
+    if not chosen:
+        wanted, there = (", ".join(map(str, strides)) for strides in (choice.strides, by_stride))
+        raise AdgridError(f"has no level of stride {wanted}, only {there}")
+    return chosen
 
 
 def _as_map(network: nn.Module, name: str, output: Any, channels: int | None, image_size: Sequence[int]) -> Tensor:

@@ -9,11 +9,12 @@ REPO = Path(__file__).parents[1]
 # A module may import those of lower layers, and within a layer only what stands to its left.
 LAYERS = [
     ["contracts"],
-    ["registry", "identity", "measure", "maps", "metrics", "store", "datasets"],
-    ["taps", "backbone_table", "weights", "backbones", "feature_store", "image_split", "features", "stages"],
+    ["registry", "identity", "measure", "maps", "pixel_counts", "curves", "metrics", "store", "workers", "checkpoints", "placement", "datasets"],
+    ["taps", "imagebind", "positions", "backbone_table", "download", "weights", "backbones", "backbone_check"],
+    ["feature_store", "image_split", "features", "stages"],
     ["matrices", "tables", "figures", "truth", "resolve", "evaluate", "rows", "fitting", "sheets"],
-    ["trial"],
-    ["space", "plan", "progress"],
+    ["trial", "training"],
+    ["space", "plan", "progress", "dataset_check"],
     ["sweep", "report", "tracking"],
     ["run"],
     ["cli"],

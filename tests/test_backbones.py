@@ -47,11 +47,12 @@ def _no_network(monkeypatch):
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
-    """An empty hub cache."""
-    import huggingface_hub
+    """An empty hub cache, beside an empty cache of torch."""
+    from huggingface_hub import constants
 
     folder = tmp_path / "hub"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
     return folder
 
 
@@ -192,28 +193,38 @@ def test_weights_in_the_hub_cache_are_found_without_a_network(hub_cache, images)
     assert missing_weights("test_resnet") is None
 
 
+def test_weights_in_torchs_cache_are_found_too(hub_cache, tmp_path):
+    path = tmp_path / "torch" / "checkpoints" / "resnet18-f37072fd.pth"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    resolved = resolve_backbone("resnet18")
+    assert (resolved.source, resolved.weights_path) == ("hub", str(path))
+
+
 def test_download_goes_through_the_hub_and_a_failure_is_told(hub_cache, monkeypatch, tmp_path):
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     asked = []
 
-    def download(repository, file, revision=None):
-        asked.append((repository, file))
-        if file == "model.safetensors":
+    def look(address, timeout):
+        asked.append(address.rpartition("/")[2])
+        assert timeout <= 30  # the client's own tries last most of a minute
+        if address.endswith("model.safetensors"):
             raise EntryNotFoundError("404")
-        return str(tmp_path / file)
+        return types.SimpleNamespace(etag="a" * 64)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", look)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, file, revision: f"{tmp_path}/{file}")
     resolved = resolve_backbone("test_resnet", download=True)
     assert resolved.weights_path == str(tmp_path / "pytorch_model.bin")
-    assert asked == [("timm/test_resnet.r160_in1k", name) for name in ("model.safetensors", "pytorch_model.bin")]
+    assert asked == ["model.safetensors", "pytorch_model.bin"]
 
     def unreachable(*_, **__):
-        raise LocalEntryNotFoundError("no connection")
+        raise OSError("no connection")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(AdgridError, match=r"'test_resnet' cannot be downloaded .* no connection"):
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    with pytest.raises(AdgridError, match=r"'test_resnet' cannot be downloaded: .* no connection.*`weights: PATH`"):
         resolve_backbone("test_resnet", download=True)
 
 
@@ -236,6 +247,9 @@ def test_a_mobilenet_file_is_read_as_the_tensorflow_conversion_it_is(tmp_path):
     tagged = resolve_backbone("mobilenetv2_100.ra_in1k", str(tmp_path))
     assert tagged.mean == pytest.approx((0.485, 0.456, 0.406))
     assert tagged.model_args == ()
+    path.rename(tmp_path / "mobilenetv2_100.ra_in1k.safetensors")
+    published = resolve_backbone("mobilenetv2_100", str(tmp_path))
+    assert (published.mean, published.model_args) == (tagged.mean, ())
 
 
 def test_an_installed_package_adds_a_backbone(monkeypatch):
@@ -580,8 +594,15 @@ def test_pyramids_give_the_last_layer_of_each_stride():
     wide = resolve_backbone("wide_resnet50_2", "random")
     assert choose_layers(wide, LevelChoice(strides=(4, 8, 16))) == ("layer1", "layer2", "layer3")
     assert level_shapes(wide, ("layer2", "layer3"), (224, 224)) == ((512, 28, 28), (1024, 14, 14))
-    with pytest.raises(AdgridError, match=r"'wide_resnet50_2' has no level of stride 64, only 2, 4, 8, 16, 32"):
+    with pytest.raises(AdgridError, match=r"no level of stride 64, only 2, 4, 8, 16, 32; name its `layers`"):
         choose_layers(wide, LevelChoice(strides=(64,)))
+
+
+def test_a_stride_that_a_network_has_no_level_of_is_left_out():
+    choice = LevelChoice(strides=(2, 4, 8, 16))
+    assert choose_layers(resolve_backbone("convnext_tiny", "random"), choice) == ("stages.0", "stages.1", "stages.2")
+    swin = resolve_backbone("swin_tiny_patch4_window7_224", "random")
+    assert level_shapes(swin, choose_layers(swin, choice), (224, 224)) == ((96, 56, 56), (192, 28, 28), (384, 14, 14))
 
 
 @pytest.mark.parametrize(
