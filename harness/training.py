@@ -30,6 +30,8 @@ from harness.store import Store
 from harness.trial import MAX_ATTEMPTS, run_trial
 from harness.workers import Workers
 
+_train: Any = ray.train
+"""Its annotations are those of its first version, whose options were others."""
 START_SECONDS = 600
 """How long a group waits for its places before that counts as a failure: time for an autoscaler to add nodes."""
 MAX_UNPLACED = 2
@@ -65,13 +67,13 @@ def run_with_workers(trial: Trial, settings: RunSettings) -> Iterator[dict[str, 
         _work,
         train_loop_config={"trial": trial, "settings": settings, "messages": messages},
         scaling_config=_scaling(trial.resources),
-        run_config=ray.train.RunConfig(
+        run_config=_train.RunConfig(
             name=name,
             storage_path=f"{settings.root}/ray_train",
-            failure_config=ray.train.FailureConfig(
+            failure_config=_train.FailureConfig(
                 max_failures=MAX_ATTEMPTS * len(trial.cells), controller_failure_limit=MAX_UNPLACED
             ),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            logging_config=_train.LoggingConfig(log_level="ERROR"),
         ),
     )
     with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
@@ -88,9 +90,9 @@ def run_with_workers(trial: Trial, settings: RunSettings) -> Iterator[dict[str, 
             Store(settings.root).delete_folder(f"ray_train/{name}")
 
 
-def _scaling(resources: Resources) -> ray.train.ScalingConfig:
+def _scaling(resources: Resources) -> Any:
     elastic = resources.min_workers is not None and resources.min_workers < resources.workers
-    return ray.train.ScalingConfig(
+    return _train.ScalingConfig(
         num_workers=(resources.min_workers, resources.workers) if elastic else resources.workers,
         use_gpu=resources.gpu > 0,
         resources_per_worker=worker_bundle(resources),
@@ -105,7 +107,7 @@ def _work(config: dict[str, Any]) -> None:
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    place = ray.train.get_context()
+    place = _train.get_context()
     workers = Workers(
         rank=place.get_world_rank(),
         size=place.get_world_size(),

@@ -19,7 +19,7 @@ from harness.rows import finished_row, unfinished_row
 from harness.sheets import publish_sheet
 from harness.store import Store, StoredPrediction
 from harness.truth import load_truth
-from harness.workers import ALONE, Workers
+from harness.workers import ALONE, Workers, is_lost_worker
 
 MAX_ATTEMPTS = 2
 """How often a cell is started in one run; a cell whose worker died each time is a failed row, not tried for ever."""
@@ -220,6 +220,8 @@ def _count_attempt(cells: Sequence[Cell], store: Store, settings: RunSettings) -
 def _save_failed(
     store: Store, trial: Trial, cells: Sequence[Cell], error: Exception, settings: RunSettings, workers: Workers
 ) -> Iterator[ResultRow]:
+    if is_lost_worker(error):
+        raise error  # the group starts again, and attempts are counted
     for cell in cells:
         row = unfinished_row(trial, cell, "failed", error, settings)
         store.publish_row(row)

@@ -49,5 +49,13 @@ class Workers:
         return values or []  # type: ignore[return-value]
 
 
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether an error only says that another worker is gone, which is nobody's fault here.
+
+    NCCL's errors have a type of their own; gloo's are told by the place in its sources that they name.
+    """
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
 ALONE = Workers()
 """A process that runs its trial by itself."""

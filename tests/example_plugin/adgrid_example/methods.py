@@ -1,9 +1,12 @@
 """The smallest methods of each shape: the distance of an image to the mean normal image."""
 
+import os
+import signal
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import nn
 
 from harness.contracts import LevelChoice, Prediction, Trainable
 
@@ -112,13 +115,18 @@ class TunedMean(_Mean):
         epochs: int = 1
         learning_rate: float = 1e-3
         scale: float = 1.0
+        trouble: Literal["", "kill_once", "raise"] = ""
+        """What befalls the second of two workers in the second epoch."""
+        category: str = "middle"
+        note: str = ""
+        """File that remembers that it has happened."""
 
     @classmethod
     def inputs(cls, config):
         return "images"
 
     def stages(self):
-        return [_Tuning(self.context.backbone, self.config)]
+        return [_Tuning(self.context, self.config)]
 
     def maps(self, batch):
         with torch.no_grad():
@@ -135,18 +143,27 @@ class TunedMean(_Mean):
 
 
 class _Tuning(Trainable):
-    """Draws the features of each batch together."""
+    """Makes the features smaller."""
 
     name = "tuning"
     batch_size = 4
 
-    def __init__(self, backbone: nn.Module, config):
-        self.module, self.config, self.epochs = backbone, config, config.epochs
+    def __init__(self, context, config):
+        self.module, self.config, self.epochs = context.backbone, config, config.epochs
+        self.in_trouble = config.category in context.categories
 
     def configure_optimizers(self):
         return [torch.optim.SGD(self.module.parameters(), lr=self.config.learning_rate)]
 
     def losses(self, batch, share):
-        features = self.module(batch.images)[0]
-        spread = (features - features.mean(dim=0, keepdim=True).detach()).square().mean()
-        yield spread * len(batch) / share.num_images
+        if self.in_trouble and share.epoch == 1 and 0 not in share.positions:
+            self.make_trouble()
+        features = self.module(batch.images.to(next(self.module.parameters()).device))[0]
+        yield features.square().flatten(1).mean(dim=1).sum() / share.num_images
+
+    def make_trouble(self):
+        if self.config.trouble == "raise":
+            raise ValueError("the second worker has a problem of its own")
+        if self.config.trouble == "kill_once" and not Path(self.config.note).exists():
+            Path(self.config.note).touch()
+            os.kill(os.getpid(), signal.SIGKILL)

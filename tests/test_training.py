@@ -1,0 +1,73 @@
+"""Trials run by several Ray Train workers on several nodes: same numbers, killed workers, lost nodes."""
+
+import pytest
+from ray.cluster_utils import Cluster
+from runs import SPACE, SmallRun, quiet_console
+
+from harness.contracts import Places
+from harness.run import execute
+from harness.sweep import connect
+
+pytestmark = pytest.mark.ray
+TUNED = SPACE.replace("[toy_features]", "[{name: toy_tuned, params: {epochs: 3, learning_rate: 0.1, MORE}}]")
+TUNED += "resources: {cpu: 1, workers: 2}\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """Three nodes of one core."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes.add_node(num_cpus=1)
+    nodes.add_node(num_cpus=1)
+    with connect(nodes.address):
+        yield nodes
+    nodes.shutdown()
+
+
+@pytest.fixture
+def run(tmp_path, places):
+    return SmallRun(tmp_path, places)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Rows by category of the same training in one process without Ray."""
+    folder = tmp_path_factory.mktemp("alone")
+    small = SmallRun(folder, Places(data_root=str(folder), cache_dir=str(folder / "cache")))
+    return small(TUNED.replace("MORE", "").replace("workers: 2", "workers: 1"))
+
+
+def execute_text(tmp_path, text, run):
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    return {row.category: row for row in execute(str(path), run.options(), quiet_console(), "test").rows}
+
+
+def assert_alike(rows, alone):
+    for category, row in rows.items():
+        assert row.status == "ok", row.reason
+        assert row.costs["workers"] == 2
+        assert row.curves["tuning"] == pytest.approx(alone[category].curves["tuning"], rel=1e-4)
+        for name, value in alone[category].metrics.items():
+            assert row.metrics[name] == pytest.approx(value, abs=1e-3), (category, name)
+
+
+def test_two_workers_give_the_numbers_of_one(run, tmp_path, alone):
+    rows = execute_text(tmp_path, TUNED.replace("MORE", ""), run)
+    assert sorted(rows) == ["large", "middle", "small"]
+    assert_alike(rows, alone)
+    assert alone["small"].curves["tuning"][-1] < 0.9 * alone["small"].curves["tuning"][0]
+
+
+def test_a_worker_killed_within_an_epoch_changes_no_number(run, tmp_path, alone):
+    note = tmp_path / "killed"
+    rows = execute_text(tmp_path, TUNED.replace("MORE", f"trouble: kill_once, note: {note}"), run)
+    assert note.exists()
+    assert_alike(rows, alone)
+
+
+def test_an_error_of_one_worker_is_one_failed_row(run, tmp_path, alone):
+    rows = execute_text(tmp_path, TUNED.replace("MORE", "trouble: raise"), run)
+    assert rows["middle"].status == "failed"
+    assert rows["middle"].reason == "ValueError: the second worker has a problem of its own"
+    assert_alike({name: row for name, row in rows.items() if name != "middle"}, alone)
