@@ -129,7 +129,7 @@ def _add_narrowing(parser: argparse.ArgumentParser) -> None:
 def _options(parsed: argparse.Namespace) -> Any:
     import dataclasses
 
-    from harness.run import RunOptions
+    from harness.options import RunOptions
 
     fields = {field.name for field in dataclasses.fields(RunOptions)}
     return RunOptions(**{name: value for name, value in vars(parsed).items() if name in fields})
@@ -191,7 +191,8 @@ def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
             ", ".join(asks),
             f"{done}/{len(trial.cells)}",
         )
-    console.print(table)
+    if plan.trials:
+        console.print(table)
     progress = measure_progress(plan, rows, predictions)
     time = (
         "unknown, no earlier rows"
@@ -200,11 +201,14 @@ def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
     )
     console.print(f"done {progress.done} · to do {progress.todo}, of these {progress.rescore} only scored again")
     console.print(f"failed before {progress.failed} · estimated time on one worker: {time}")
-    for item in plan.missing:
-        console.print(
-            f"[red]missing[/] {item.kind} {item.name} ({item.num_trials} trials): {_escape(item.reason)}",
-            soft_wrap=True,
-        )
+    for warning in plan.warnings:
+        console.print(f"[yellow]{_escape(warning)}[/]", soft_wrap=True)
+    if plan.missing:
+        console.print(f"\n[red]missing on this machine[/], {len(plan.missing)} things:")
+        for item in sorted(plan.missing, key=lambda item: item.kind):
+            console.print(f"  [bold]{item.kind} {item.name}[/] ({item.num_trials} trials wait for it)")
+            for part in _escape(item.reason).split("; "):
+                console.print(f"    {part}", soft_wrap=True)
     return 1 if plan.missing else 0
 
 

@@ -171,8 +171,8 @@ class EvaluationProtocol:
     interpolation: Literal["backbone", "bilinear", "bicubic", "nearest"] = "backbone"
     mask_rule: Literal["nearest"] = "nearest"
     """Masks: non-zero is defect, resized with nearest neighbour, non-zero again (PAPERS 5.3, pitfall 1)."""
-    cropped_anomaly: Literal["keep"] = "keep"
-    """An anomalous image whose mask the crop cut away stays anomalous at image level."""
+    cropped_anomaly: Literal["keep", "normal"] = "keep"
+    """What an anomalous image is at image level whose defect the crop cut away: still anomalous, or normal."""
     smoothing: Literal["method"] | float = "method"
     """Sigma in pixels of the Gaussian over the anomaly map at `image_size`; 0 for none."""
     score_reduction: Literal["method"] | ScoreReduction = "method"
@@ -365,6 +365,7 @@ class Trainable(Protocol):
 
     def begin_epoch(self, train: Split, epoch: int) -> None:
         """Prepares an epoch, with all training images at hand (the same on every worker); nothing by default."""
+        return
 
     def losses(self, batch: Batch, share: Share) -> Iterator[Tensor]:
         """Yields scalars; an optimiser step follows each.

@@ -41,7 +41,7 @@ def check_placement(trials: Sequence[Trial], nodes: Sequence[Amounts]) -> None:
             # Named is what would run out first if the nodes were one.
             scarce = min(bundle, key=lambda name: sum(node.get(name, 0.0) for node in nodes) / bundle[name])
             raise AdgridError(
-                f"resources.workers: a trial of {trial.method!r} needs {needed} workers of {bundle[scarce]:g} {scarce}, "
+                f"resources.workers: {trial.method!r} needs {needed} workers of {bundle[scarce]:g} {scarce} each, "
                 f"and the cluster has places for {places}; lower resources.workers or add nodes"
             )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from harness.backbones import check_layers, choose_layers, level_shapes, resolve_backbone
 from harness.contracts import AdgridError, Dataset, Places, Resources, ResultRow, Trial
+from harness.datasets.checks import Counts, compare_counts
 from harness.identity import content_id
 from harness.registry import build_dataset, check_params, load_method, suggest
 from harness.resolve import CategoryData, identify_cells, read_category, resolve_trial
@@ -39,6 +40,8 @@ class Plan:
     run_id: str
     trials: tuple[Trial, ...]
     missing: tuple[Missing, ...]
+    warnings: tuple[str, ...] = ()
+    """Data that can be used but are not as published."""
 
     @property
     def cell_ids(self) -> list[str]:
@@ -104,6 +107,7 @@ def make_plan(
             Missing(kind=kind, name=name, reason=reasons[0], num_trials=len(reasons))
             for (kind, name), reasons in missing.items()
         ),
+        warnings=tuple(reader.warnings),
     )
 
 
@@ -116,6 +120,7 @@ class _Reader:
         self._weights: dict[tuple[str, str], str | None] = {}
         self._data: dict[tuple[str, str, int | None, int], CategoryData] = {}
         self._seen: set[str] = set()
+        self.warnings: dict[str, None] = {}
 
     def check_categories(self) -> None:
         """Raises AdgridError for a name among the space's `categories` that no dataset has."""
@@ -217,6 +222,11 @@ class _Reader:
             if name not in known:
                 raise AdgridError(f"datasets, {entry.name!r}: unknown category {name!r}{suggest(name, known)}")
         chosen = tuple(name for name in known if name in (entry.categories or known))
+        absent: tuple[str, ...] = () if entry.categories else getattr(dataset, "missing_categories", tuple)()
+        if absent:
+            self._warn(
+                entry, f"{len(absent)} of {len(absent) + len(known)} categories are not there: {', '.join(absent)}"
+            )
         self._seen.update(chosen)
         if self._space.categories is None:
             return chosen
@@ -233,7 +243,14 @@ class _Reader:
         if key not in self._data:
             self._notify(f"hashing {dataset.name}/{name}", len(self._data), 0)
             self._data[key] = read_category(dataset, name, point.shots, point.seed, self._places.cache_dir)
+            published: Mapping[str, Counts] = getattr(dataset, "published_counts", dict)()
+            for problem in compare_counts(dataset.category(name), published.get(name)):
+                self._warn(point.dataset, f"category {name!r}, {problem.what}")
         return self._data[key]
+
+    def _warn(self, entry: DatasetEntry, what: str) -> None:
+        check = f"adgrid datasets check {entry.name}" + (f" --layout {entry.layout}" if entry.layout else "")
+        self.warnings[f"dataset {entry.name!r}: {what}; `{check}` says more"] = None
 
 
 def _join(trial: Trial, twin: Trial) -> Trial:

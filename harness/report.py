@@ -189,6 +189,8 @@ def _describe_field(name: str, value: Any) -> str:
             return f"masks {value}"
         case "cropped_anomaly", "keep":
             return "cropped-out defects stay anomalous"
+        case "cropped_anomaly", _:
+            return f"cropped-out defects count as {value}"
         case "smoothing", "method":
             return "smoothing of the method"
         case "smoothing", _:

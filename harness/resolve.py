@@ -74,6 +74,11 @@ def open_dataset(ref: DatasetRef, places: Places) -> Dataset:
 def read_category(dataset: Dataset, category: str, shots: int | None, seed: int, cache_dir: str) -> CategoryData:
     """Lists a category, draws its shots and hashes every file that a cell would read."""
     listing = dataset.category(category)
+    if not listing.test:
+        raise AdgridError(
+            f"dataset {dataset.name!r}, category {category!r} has no test images, training data alone; choose another "
+            f"variant of the dataset, or leave it out"
+        )
     train = draw_shots(dataset.name, listing, shots, seed)
     files = [sample.path for sample in (*train, *listing.test)]
     files += [sample.mask_path for sample in listing.test if sample.mask_path]

@@ -10,11 +10,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import platformdirs
 from rich.console import Console
+from rich.markup import escape
 
-from harness.contracts import AdgridError, Places, ResultRow, RunSettings, Trial
+from harness.contracts import AdgridError, ResultRow, RunSettings, Trial
 from harness.identity import canonical_json
+from harness.options import RunOptions
 from harness.placement import check_placement
 from harness.plan import Plan, make_plan
 from harness.progress import Listener, ProgressBoard
@@ -26,51 +27,6 @@ from harness.tracking import Mirror, TrackingUnavailable
 
 if TYPE_CHECKING:
     import pandas as pd
-
-EXPERIMENT = "adgrid"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """How to run, as the command line says it; nothing here changes a number but `random_weights`, which is stamped."""
-
-    root: str = "results"
-    """Storage root, a path or URI."""
-    data_root: str | None = None
-    """Folder with one subfolder per dataset."""
-    cache_dir: str | None = None
-    """Node-local cache; None for the user's cache folder."""
-    overrides: Sequence[str] = ()
-    """`axis=value` texts."""
-    address: str | None = None
-    """Ray cluster to join; None starts one here."""
-    num_cpus: int | None = None
-    """Cores of a Ray started here; None for all."""
-    tracking_uri: str | None = None
-    """MLflow tracking URI; None for a SQLite file under a local root, `off` for none."""
-    experiment: str = EXPERIMENT
-    """MLflow experiment."""
-    random_weights: bool = False
-    """Random instead of pretrained weights, to test the plumbing."""
-    download: bool = False
-    """Fetch weights that are not here from the hub."""
-    skip_missing: bool = False
-    """Run what can run although datasets or weights are missing."""
-    save_fitted: bool = False
-    """Keep every fitted method."""
-    pictures: bool = True
-    """Draw a contact sheet for every cell."""
-    cache_gib: float = 50.0
-    """Bound of the node-local cache."""
-
-    @property
-    def places(self) -> Places:
-        """Where data and caches lie on this machine."""
-        cache = self.cache_dir or platformdirs.user_cache_dir("adgrid", appauthor=False)
-        data = (
-            str(Path(self.data_root).expanduser().resolve()) if self.data_root and "://" not in self.data_root else None
-        )
-        return Places(data_root=data or self.data_root, cache_dir=str(Path(cache).expanduser().resolve()))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +71,8 @@ def execute(space_path: str, options: RunOptions, console: Console, command: str
         KeyboardInterrupt: stopped by hand; every finished row is saved.
     """
     plan = plan_run(space_path, options, console)
+    for warning in plan.warnings:
+        console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True)
     if plan.missing and not options.skip_missing:
         lines = [f"  {item.kind} {item.name}: {item.reason}" for item in plan.missing]
         raise AdgridError("missing on this machine:\n" + "\n".join(lines) + "\n--skip-missing runs the rest")

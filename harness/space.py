@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from harness.contracts import AdgridError, DatasetRef, EvaluationProtocol, Resources, ScoreReduction
-from harness.registry import check_params, dataset_layouts, method_names, suggest
+from harness.registry import check_params, dataset_layouts, load_method, method_fields, method_names, suggest
 
 Layer = str | int
 Name = Annotated[str, Field(min_length=1)]
@@ -40,6 +40,8 @@ class MethodEntry(_Strict):
     """A method with its parameters; a list as a parameter's value is a grid axis."""
 
     name: Name
+    preset: str | None = None
+    """A named configuration of the method, such as that of another paper; `params` stand above it."""
     params: dict[str, Any] = {}
     layers: tuple[Layer, ...] | None = None
     """Layers that this method reads, for every backbone; None leaves it to the backbone entry, then the paper."""
@@ -87,7 +89,7 @@ class ProtocolEntry(_Strict):
     resize: int | None = None
     interpolation: Literal["backbone", "bilinear", "bicubic", "nearest"] = "backbone"
     mask_rule: Literal["nearest"] = "nearest"
-    cropped_anomaly: Literal["keep"] = "keep"
+    cropped_anomaly: Literal["keep", "normal"] = "keep"
     smoothing: Literal["method"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "method"
     score_reduction: Literal["method"] | ScoreReduction = "method"
     aupro_limit: Annotated[float, Field(gt=0, le=1)] = 0.3
@@ -437,11 +439,15 @@ def _doubles(names: Sequence[str]) -> list[str]:
 
 def expand_params(entry: MethodEntry, where: str) -> list[dict[str, Any]]:
     """The grid over an entry's parameters: a list is an axis, unless the field itself holds a list."""
-    from harness.registry import load_method, method_fields
-
-    fields = method_fields(load_method(entry.name))
+    method = load_method(entry.name)
+    fields = method_fields(method)
+    presets = getattr(method, "presets", {})
+    if entry.preset is not None and entry.preset not in presets:
+        hint = suggest(entry.preset, presets) if presets else "; it has none, leave `preset` out"
+        raise AdgridError(f"{where}: method {entry.name!r} has no preset {entry.preset!r}{hint}")
+    preset = {} if entry.preset is None else presets[entry.preset]
     axes = []
-    for key, value in entry.params.items():
+    for key, value in {**preset, **entry.params}.items():
         if isinstance(value, dict):
             raise AdgridError(f"{where}.{key}: a parameter is a value or a list of values, got the mapping {value!r}")
         is_axis = isinstance(value, list) and not (key in fields and _accepts(fields[key], value))
@@ -470,8 +476,6 @@ def grid_points(space: Space) -> list[GridPoint]:
 
 
 def _points_of(grid: Grid, space: Space) -> Iterator[GridPoint]:
-    from harness.registry import load_method
-
     def axis(name: str) -> Any:
         own = getattr(grid, name)
         return getattr(space, name) if own is None else own

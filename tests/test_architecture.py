@@ -10,7 +10,7 @@ REPO = Path(__file__).parents[1]
 LAYERS = [
     ["contracts"],
     ["registry", "identity", "measure", "maps", "pixel_counts", "curves", "metrics", "store"],
-    ["workers", "checkpoints", "placement", "datasets"],
+    ["workers", "checkpoints", "placement", "options", "datasets"],
     ["taps", "imagebind", "positions", "backbone_table", "download", "weights", "backbones", "backbone_check"],
     ["feature_store", "image_split", "features", "stages"],
     ["matrices", "tables", "figures", "truth", "resolve", "evaluate", "rows", "fitting", "sheets"],

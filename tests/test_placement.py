@@ -47,9 +47,9 @@ def test_a_trial_that_can_never_be_placed_is_refused(trials):
 def test_a_group_that_can_never_be_placed_is_refused_with_what_is_scarce(trials):
     nodes = [{"CPU": 3.0, "GPU": 1.0}, {"CPU": 3.0, "GPU": 1.0}]
     check_placement(trials(Resources(cpu=1, workers=6)), nodes)
-    with pytest.raises(AdgridError, match=r"resources.workers.*needs 3 workers of 2 CPU,.*places for 2"):
+    with pytest.raises(AdgridError, match=r"resources.workers.*needs 3 workers of 2 CPU each.*places for 2"):
         check_placement(trials(Resources(cpu=2, workers=3)), nodes)
-    with pytest.raises(AdgridError, match=r"needs 3 workers of 1 GPU,"):
+    with pytest.raises(AdgridError, match=r"needs 3 workers of 1 GPU each"):
         check_placement(trials(Resources(cpu=1, gpu=1, workers=3)), nodes)
     check_placement(trials(Resources(cpu=1, gpu=1, workers=3, min_workers=2)), nodes)
 
