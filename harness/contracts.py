@@ -354,6 +354,11 @@ class Trainable(Protocol):
     """Holds every parameter that is trained, and no other that needs a gradient."""
     clip_norm: float | None = None
     """Largest norm of all gradients together; None leaves them as they are."""
+    max_images_per_epoch: int | None = None
+    """An epoch is a random part of the images, of this size; None for all of them."""
+    fields: tuple[str, ...] | None = None
+    """Configuration fields that the trained stage depends on, those of the stages before it included; a trained stage
+    serves every configuration that agrees in them. None for all."""
 
     def configure_optimizers(self) -> Sequence[torch.optim.Optimizer]:
         """Fresh optimisers over the parameters of `module`, with the rates that a schedule factor of 1 stands for."""

@@ -19,7 +19,7 @@ from harness.features import feature_keys, feature_split
 from harness.identity import content_id
 from harness.image_split import ImageSplit
 from harness.measure import Meter
-from harness.resolve import CategoryData, ResolvedTrial
+from harness.resolve import CategoryData, ResolvedTrial, prediction_facts
 from harness.stages import Judge, seed_everything, train_stage
 from harness.store import Store, StoredPrediction
 from harness.workers import ALONE, Workers
@@ -96,10 +96,17 @@ class FittedMethod:
         if settings.save_fitted and workers.leads:
             store.publish_state(self.artifact_id("fitted"), self._method.state_dict())
 
-    def artifact_id(self, name: str) -> str:
-        """Where the fitted method (`fitted`) or a trained stage is kept: by everything its numbers depend on."""
-        cells = [cell for cell in self._resolved.trial.cells if cell.category in self._data]
-        return content_id([name, [cell.prediction_id for cell in cells]])
+    def artifact_id(self, name: str, fields: Sequence[str] | None = None) -> str:
+        """Where the fitted method (`fitted`) or a trained stage is kept: by everything its numbers depend on.
+
+        Args:
+            name: of the stage.
+            fields: the configuration fields it depends on; None for all.
+        """
+        trial = self._resolved.trial
+        params = {key: value for key, value in trial.params.items() if fields is None or key in fields}
+        images = [data.images_id for data in self._data.values()]
+        return content_id([name, prediction_facts(self._resolved, params), list(self._data), images])
 
     def predict(self, cell: Cell) -> StoredPrediction | None:
         """Raw predictions for the test images of one category, saved unless they are too large.
@@ -229,7 +236,7 @@ class FittedMethod:
         """Trains the stages in order; one that was trained before on the same data is loaded instead."""
         stages = self._method.stages()
         for number, stage in enumerate(stages):
-            artifact = self.artifact_id(stage.name)
+            artifact = self.artifact_id(stage.name, stage.fields)
             state = self._workers.agree(self._store.load_state(artifact) if self._workers.leads else None)
             if state is not None:
                 stage.load_state_dict(state)

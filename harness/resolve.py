@@ -141,10 +141,32 @@ def identify_cells(resolved: ResolvedTrial, data: Mapping[str, CategoryData]) ->
         data: category -> its images; a dataset-wide method needs all categories of the trial.
     """
     trial = resolved.trial
+    facts = prediction_facts(resolved, trial.params)
+    whole = resolved.method.scope == "dataset"
+    everything = [data[category].images_id for category in trial.categories] if whole else []
+    protocol = dataclasses.asdict(resolved.protocol)
+    own_score = trial.protocol.score_reduction == "method"
+    cells = []
+    for category in trial.categories if whole else [name for name in trial.categories if name in data]:
+        images = everything if whole else data[category].images_id
+        prediction_id = content_id([facts, category, images])
+        cell_id = content_id([prediction_id, protocol, own_score, METRIC_VERSION, data[category].truth_id])
+        cells.append(Cell(category=category, prediction_id=prediction_id, cell_id=cell_id))
+    return tuple(cells)
+
+
+def prediction_facts(resolved: ResolvedTrial, params: Mapping[str, Any]) -> dict[str, Any]:
+    """What raw predictions depend on besides the images: method, configuration, backbone, preprocessing, draws.
+
+    Args:
+        resolved: the trial.
+        params: the configuration, or the part of it that matters.
+    """
+    trial = resolved.trial
     facts = {
         "method": trial.method,
         "method_version": method_version(trial.method),
-        "params": trial.params,
+        "params": params,
         "backbone": trial.backbone,
         "weights": resolved.weights_id,
         "layers": trial.layers,
@@ -159,14 +181,4 @@ def identify_cells(resolved: ResolvedTrial, data: Mapping[str, CategoryData]) ->
     if hasattr(resolved.method, "stages"):
         facts |= {"selection": trial.protocol.selection} if trial.protocol.selection != "last" else {}
         facts |= {"precision": trial.precision} if trial.precision != "float32" else {}
-    whole = resolved.method.scope == "dataset"
-    everything = [data[category].images_id for category in trial.categories] if whole else []
-    protocol = dataclasses.asdict(resolved.protocol)
-    own_score = trial.protocol.score_reduction == "method"
-    cells = []
-    for category in trial.categories if whole else [name for name in trial.categories if name in data]:
-        images = everything if whole else data[category].images_id
-        prediction_id = content_id([facts, category, images])
-        cell_id = content_id([prediction_id, protocol, own_score, METRIC_VERSION, data[category].truth_id])
-        cells.append(Cell(category=category, prediction_id=prediction_id, cell_id=cell_id))
-    return tuple(cells)
+    return facts

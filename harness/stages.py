@@ -78,8 +78,14 @@ def train_stage(
 
     Raises:
         TrainingError: an epoch without a single finite step.
-        ValueError: fewer images than workers.
+        ValueError: a batch with fewer images than workers.
     """
+    smallest = min(map(len, epoch_batches(len(train), stage.batch_size, seed, 0, stage.max_images_per_epoch)))
+    if smallest < workers.size:
+        raise ValueError(
+            f"stage {stage.name!r}: {workers.size} workers cannot share a batch of {smallest} images; use fewer "
+            f"workers or a larger batch size"
+        )
     device = device or torch.device("cpu")
     optimizers = list(stage.configure_optimizers())
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -99,14 +105,9 @@ def train_stage(
         stage.module.train()
         stage.begin_epoch(train, epoch)
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, finite steps, all steps
-        batches = epoch_batches(len(train), stage.batch_size, seed, epoch)
+        batches = epoch_batches(len(train), stage.batch_size, seed, epoch, stage.max_images_per_epoch)
         for step, places in enumerate(batches):
             positions = tuple(range(workers.rank, len(places), workers.size))
-            if not positions:
-                raise ValueError(
-                    f"stage {stage.name!r}: {workers.size} workers cannot share a batch of {len(places)} images; "
-                    f"use fewer workers or a larger batch size"
-                )
             share = Share(epoch=epoch, step=step, num_images=len(places), positions=positions)
             _set_rates(optimizers, rates, stage.lr_factor(epoch + step / len(batches)))
             losses = stage.losses(train.take([places[position] for position in positions]), share)
@@ -139,7 +140,7 @@ def train_stage(
     return history
 
 
-def epoch_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_batches(num_images: int, batch_size: int, seed: int, epoch: int, most: int | None = None) -> list[list[int]]:
     """Every image once, in an order that depends on seed and epoch alone, in batches that differ by one image at most.
 
     Args:
@@ -147,11 +148,12 @@ def epoch_batches(num_images: int, batch_size: int, seed: int, epoch: int) -> li
         batch_size: the most images of a batch.
         seed: of the stage.
         epoch: counted from 0.
+        most: images of an epoch; None for all.
     """
     generator = torch.Generator().manual_seed(derive_seed("epoch order", seed, epoch))
-    order = torch.randperm(num_images, generator=generator).tolist()
-    number = math.ceil(num_images / batch_size)
-    bounds = [i * num_images // number for i in range(number + 1)]
+    order = torch.randperm(num_images, generator=generator).tolist()[:most]
+    number = math.ceil(len(order) / batch_size)
+    bounds = [i * len(order) // number for i in range(number + 1)]
     return [order[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
