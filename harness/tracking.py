@@ -5,7 +5,8 @@ made again without doubling anything, because every value is compared with what 
 One process writes, the driver of a run.
 
     parent   tag `adgrid.run_id`    means per (dataset, method, backbone, whatever varies), counts, the report's files
-    child    tag `adgrid.trial_id`  axes and parameters, `<metric>/<category>`, means, costs, status
+    child    tag `adgrid.trial_id`  axes and parameters, `<metric>/<category>`, means, costs, status, and the curves
+                                    `loss/<stage>/<category>`, a point per epoch
 """
 
 from __future__ import annotations
@@ -272,11 +273,12 @@ def _write(
     *,
     params: Mapping[str, object] | None = None,
     metrics: Mapping[str, float] | None = None,
+    curves: Mapping[str, Sequence[float]] | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> bool:
     """Logs what is new or changed, remembers it and says whether anything was.
 
-    Parameters cannot change in MLflow, so only new ones count.
+    Parameters cannot change in MLflow, so only new ones count. Of a curve the last point tells whether it is there.
     """
     new_params = {
         key: text[:_MAX_PARAM]
@@ -291,6 +293,11 @@ def _write(
     new_tags = {key: value[:_MAX_TAG] for key, value in (tags or {}).items() if run.tags.get(key) != value[:_MAX_TAG]}
     now = int(time.time() * 1000)
     points = [Metric(key, value, now, 0) for key, value in new_metrics.items()]
+    for name, values in (curves or {}).items():
+        key = _key(name)
+        if values and run.metrics.get(key) != values[-1]:
+            points += [Metric(key, value, now, step) for step, value in enumerate(values, start=1)]
+            new_metrics[key] = values[-1]
     others = [Param(key, value) for key, value in new_params.items()]
     labels = [RunTag(key, value) for key, value in new_tags.items()]
     while points or others or labels:
@@ -357,7 +364,13 @@ def _sync_child(
     numbers = {
         f"{name}/{row.category}": value for row in fresh for name, value in (*row.metrics.items(), *row.costs.items())
     }
-    has_changed = _write(client, child, params=_child_params(row), metrics=numbers, tags=tags)
+    curves = {
+        f"loss/{stage}/{row.category}": losses
+        for row in fresh
+        if row.status == "ok"
+        for stage, losses in row.curves.items()
+    }
+    has_changed = _write(client, child, params=_child_params(row), metrics=numbers, curves=curves, tags=tags)
     if is_complete:
         _settle(client, child, is_complete=True)
     elif has_changed:

@@ -124,6 +124,15 @@ def test_a_child_holds_every_axis_metric_and_cost(server):
     assert (tags | {"mlflow.source.git.commit": "abc1234"}).items() <= child.tags.items()
 
 
+def test_a_loss_is_a_curve_with_a_point_per_epoch(server):
+    row = toy_row(0.8, curves={"flow": (3.0, 2.5, 2.5)})
+    server.mirror().sync("toys", "curve", [row], finished=True)
+    server.mirror().sync("toys", "curve", [row], finished=True)  # again, which writes nothing
+    (child,) = server.children("curve")
+    history = server.client.get_metric_history(child.info.run_id, "loss/flow/bolt")
+    assert [(point.step, point.value) for point in history] == [(1, 3.0), (2, 2.5), (3, 2.5)]
+
+
 def test_a_metric_without_masks_is_not_there(server):
     server.mirror().sync("toys", "masks", two_trials(), finished=True)
     assert not any(key.startswith(("pixel", "aupro")) for key in server.children("masks")[1].data.metrics)
