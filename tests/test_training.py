@@ -1,5 +1,8 @@
 """Trials run by several Ray Train workers on several nodes: same numbers, killed workers, lost nodes."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from ray.cluster_utils import Cluster
 from runs import SPACE, SmallRun, quiet_console
@@ -13,15 +16,22 @@ TUNED = SPACE.replace("[toy_features]", "[{name: toy_tuned, params: {epochs: 3, 
 TUNED += "resources: {cpu: 1, workers: 2}\n"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    """Three nodes of one core."""
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    nodes.add_node(num_cpus=1)
-    nodes.add_node(num_cpus=1)
+@pytest.fixture(scope="module")
+def started():
+    """A head that runs nothing."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     with connect(nodes.address):
         yield nodes
     nodes.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def cluster(started):
+    """Three nodes of one core beside the head; what a test has removed is replaced."""
+    while len(started.worker_nodes) < 3:
+        started.add_node(num_cpus=1)
+    started.wait_for_nodes()
+    return started
 
 
 @pytest.fixture
@@ -43,10 +53,10 @@ def execute_text(tmp_path, text, run):
     return {row.category: row for row in execute(str(path), run.options(), quiet_console(), "test").rows}
 
 
-def assert_alike(rows, alone):
+def assert_alike(rows, alone, num_workers=2):
     for category, row in rows.items():
         assert row.status == "ok", row.reason
-        assert row.costs["workers"] == 2
+        assert row.costs["workers"] == num_workers
         assert row.curves["tuning"] == pytest.approx(alone[category].curves["tuning"], rel=1e-4)
         for name, value in alone[category].metrics.items():
             assert row.metrics[name] == pytest.approx(value, abs=1e-3), (category, name)
@@ -71,3 +81,29 @@ def test_an_error_of_one_worker_is_one_failed_row(run, tmp_path, alone):
     assert rows["middle"].status == "failed"
     assert rows["middle"].reason == "ValueError: the second worker has a problem of its own"
     assert_alike({name: row for name, row in rows.items() if name != "middle"}, alone)
+
+
+def remove_node_of(note, cluster):
+    """Waits until a worker has written where it is, and takes that node away from it."""
+    deadline = time.monotonic() + 120
+    while not (note.exists() and note.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (node,) = [node for node in cluster.worker_nodes if node.node_id == note.read_text()]
+    cluster.remove_node(node, allow_graceful=False)
+
+
+@pytest.mark.parametrize(("num_spare", "num_left"), [(1, 2), (0, 1)])
+def test_a_lost_node_changes_no_number(run, tmp_path, alone, cluster, num_spare, num_left):
+    while len(cluster.worker_nodes) > 2 + num_spare:
+        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    note = tmp_path / "paused"
+    text = TUNED.replace("MORE", f"trouble: pause_once, note: {note}")
+    text = text.replace("workers: 2", "workers: 2, min_workers: 1")
+    with ThreadPoolExecutor(1) as pool:
+        remover = pool.submit(remove_node_of, note, cluster)
+        rows = execute_text(tmp_path, text, run)
+        remover.result()
+    unfinished = {name: row for name, row in rows.items() if name != "large"}
+    assert rows["large"].costs["workers"] == 2  # done before
+    assert_alike(unfinished, alone, num_workers=num_left)

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import ray
 import torch
 
 from harness.contracts import LevelChoice, Prediction, Trainable
@@ -115,7 +117,7 @@ class TunedMean(_Mean):
         epochs: int = 1
         learning_rate: float = 1e-3
         scale: float = 1.0
-        trouble: Literal["", "kill_once", "raise"] = ""
+        trouble: Literal["", "kill_once", "pause_once", "raise"] = ""
         """What befalls the second of two workers in the second epoch."""
         category: str = "middle"
         note: str = ""
@@ -164,6 +166,8 @@ class _Tuning(Trainable):
     def make_trouble(self):
         if self.config.trouble == "raise":
             raise ValueError("the second worker has a problem of its own")
-        if self.config.trouble == "kill_once" and not Path(self.config.note).exists():
-            Path(self.config.note).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.config.trouble.endswith("once") and not Path(self.config.note).exists():
+            Path(self.config.note).write_text(ray.get_runtime_context().get_node_id())
+            if self.config.trouble == "kill_once":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(120)
