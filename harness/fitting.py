@@ -12,7 +12,7 @@ import torch
 
 from harness.backbones import FrozenBackbone, level_shapes, trainable_backbone
 from harness.checkpoints import StoredCheckpoints
-from harness.contracts import Cell, Context, Resources, RunSettings, Sample, SampleKey, Split, derive_seed
+from harness.contracts import Cell, Context, Resources, RunSettings, Sample, SampleKey, Split, Trainable, derive_seed
 from harness.evaluate import evaluate
 from harness.feature_store import FeatureStore
 from harness.features import feature_keys, feature_split
@@ -259,26 +259,27 @@ class FittedMethod:
                 device=self._device,
                 precision=self._resolved.trial.precision,
                 checkpoints=checkpoints,
-                judge=self._judge(train, stage.epochs) if number == len(stages) - 1 else None,
+                judge=self._judge(train, stages) if number == len(stages) - 1 else None,
                 report=report,
             )
             if self._workers.leads:
                 self._store.publish_state(artifact, stage.state_dict())
             checkpoints.discard()
 
-    def _judge(self, train: Split, epochs: int) -> Judge | None:
+    def _judge(self, train: Split, stages: Sequence[Trainable]) -> Judge | None:
         """How the state of the last stage is picked, as the protocol says; None for the last one."""
         selection = self._resolved.protocol.selection
         if selection == "last":
             return None
         if selection == "lowest_loss":
             return lambda done, loss: -loss
+        epochs = stages[-1].epochs
         every = math.ceil(epochs / MAX_TEST_EVALUATIONS)
-        return lambda done, loss: None if done % every and done != epochs else self._test_image_auroc(train)
+        return lambda done, loss: None if done % every and done != epochs else self._test_image_auroc(train, stages)
 
-    def _test_image_auroc(self, train: Split) -> float:
+    def _test_image_auroc(self, train: Split, stages: Sequence[Trainable]) -> float:
         """Mean image AUROC over the test images of the group's categories: what `selection: test_best` picks by."""
-        for stage in self._method.stages():
+        for stage in stages:
             stage.module.eval()
         self._method.fit(train)
         aurocs = []

@@ -338,3 +338,50 @@ def test_what_a_method_draws_without_a_name_depends_on_its_cell_alone(run, monke
     run(overrides=["methods.toy_features.params.scale=2.0"])
     assert drawn[:3] == drawn[3:]
     assert len(set(drawn[:3])) == 3
+
+
+TUNED = SPACE.replace("[toy_features]", "[{name: toy_tuned, params: {epochs: 4, learning_rate: 0.5}}]")
+TUNED += "categories: [small]\n"
+
+
+def select(run, selection):
+    return run(TUNED.replace("image_size: 64", f"image_size: 64, selection: {selection}"))["small"]
+
+
+def test_a_state_picked_on_test_data_is_said_so_and_is_no_worse(run):
+    last, best = select(run, "last"), select(run, "test_best")
+    assert best.metrics["image_auroc"] >= last.metrics["image_auroc"]
+    assert best.stamps == ("random weights", "state picked on test data")
+    assert last.stamps == ("random weights",)
+    assert best.prediction_id != last.prediction_id
+    assert best.protocol_id != last.protocol_id
+    assert best.curves["tuning"] == last.curves["tuning"]
+
+
+def test_a_state_picked_on_test_data_is_the_best_of_all_epochs(run):
+    by_epochs = [run(TUNED.replace("epochs: 4", f"epochs: {epochs}"))["small"] for epochs in (1, 2, 3, 4)]
+    best = select(run, "test_best")
+    assert best.metrics["image_auroc"] == max(row.metrics["image_auroc"] for row in by_epochs)
+
+
+def test_the_state_with_the_lowest_loss_is_kept(run):
+    lowest = select(run, "lowest_loss")
+    epoch = min(range(4), key=lambda number: lowest.curves["tuning"][number]) + 1
+    alone = run(TUNED.replace("epochs: 4", f"epochs: {epoch}"))["small"]
+    assert lowest.metrics == alone.metrics
+    assert lowest.stamps == ("random weights",)
+
+
+def test_a_trained_stage_serves_every_configuration_that_agrees_in_its_fields(run, monkeypatch):
+    from adgrid_example import methods
+
+    steps = []
+    losses = methods._Tuning.losses
+    monkeypatch.setattr(methods._Tuning, "losses", lambda self, *args: (steps.append(1), losses(self, *args))[1])
+    monkeypatch.setattr(methods._Tuning, "fields", ("epochs", "learning_rate"))
+    run(TUNED)
+    trained = len(steps)
+    run(TUNED.replace("epochs: 4", "epochs: 4, scale: 2.0"))
+    assert len(steps) == trained
+    run(TUNED.replace("epochs: 4", "epochs: 3"))
+    assert len(steps) > trained
