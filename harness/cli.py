@@ -166,7 +166,7 @@ def _run(parsed: argparse.Namespace, console: Console, command: str) -> int:
 
 
 def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
-    from harness.plan import measure_progress
+    from harness.plan import find_encoding_methods, measure_progress
     from harness.progress import describe, describe_seconds
     from harness.run import plan_run
     from harness.store import Store
@@ -184,11 +184,12 @@ def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
         done = sum(cell.cell_id in rows and rows[cell.cell_id].status == "ok" for cell in trial.cells)
         asks = [f"{trial.resources.cpu:g} cpu"] + [f"{trial.resources.gpu:g} gpu"] * bool(trial.resources.gpu)
         asks += [f"{trial.resources.memory_gib:g} GiB"] * bool(trial.resources.memory_gib)
+        workers = f"{trial.resources.workers} workers: " if trial.resources.workers > 1 else ""
         table.add_row(
             describe(trial),
             ", ".join(trial.categories) if len(trial.categories) <= 4 else f"{len(trial.categories)} categories",
             ", ".join(trial.layers),
-            ", ".join(asks),
+            workers + ", ".join(asks),
             f"{done}/{len(trial.cells)}",
         )
     if plan.trials:
@@ -201,6 +202,9 @@ def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
     )
     console.print(f"done {progress.done} · to do {progress.todo}, of these {progress.rescore} only scored again")
     console.print(f"failed before {progress.failed} · estimated time on one worker: {time}")
+    encoding = find_encoding_methods(plan.trials)
+    if encoding:
+        console.print(f"{', '.join(encoding)}: the backbone encodes changed images in every epoch, no stored features")
     for warning in plan.warnings:
         console.print(f"[yellow]{_escape(warning)}[/]", soft_wrap=True)
     if plan.missing:

@@ -12,7 +12,7 @@ from harness.backbones import check_layers, choose_layers, level_shapes, resolve
 from harness.contracts import AdgridError, Dataset, Places, Resources, ResultRow, Trial
 from harness.datasets.checks import Counts, compare_counts
 from harness.identity import content_id
-from harness.registry import build_dataset, check_params, load_method, suggest
+from harness.registry import build_config, build_dataset, check_params, load_method, suggest
 from harness.resolve import CategoryData, identify_cells, read_category, resolve_trial
 from harness.space import BackboneEntry, DatasetEntry, GridPoint, Space, grid_points
 
@@ -305,6 +305,18 @@ def _share_layers(trials: Sequence[Trial]) -> list[Trial]:
         also = tuple(layer for layer in wanted[trial.backbone, trial.weights] if layer not in trial.layers)
         shared.append(dataclasses.replace(trial, also_layers=also))
     return shared
+
+
+def find_encoding_methods(trials: Sequence[Trial]) -> list[str]:
+    """Methods whose training sends changed images through the frozen backbone in every epoch, which takes its time."""
+    methods = {trial.method: (load_method(trial.method), trial.params) for trial in trials}
+    return sorted(
+        name
+        for name, (method, params) in methods.items()
+        if hasattr(method, "stages")
+        and method.backbone_use == "frozen"
+        and method.inputs(build_config(method, params)) == "images"
+    )
 
 
 def measure_progress(plan: Plan, rows: Mapping[str, ResultRow], predictions: set[str]) -> Progress:
