@@ -218,10 +218,12 @@ def terminal_table(matrix: Matrix) -> Table:
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
+    # In a narrow terminal names are folded, numbers never cut.
     for name in matrix.header:
-        table.add_column(Text(name), no_wrap=True)
+        table.add_column(Text(name), overflow="fold")
+    widest = max((len(_terminal_text(matrix, cell)) for row in matrix.rows for cell in row.cells), default=0)
     for name in matrix.columns:
-        table.add_column(Text(name), justify="right", no_wrap=True)
+        table.add_column(Text(name), justify="right", overflow="fold", min_width=widest)
     bounds = matrix.colour_range()
     last = ""
     for row, row_ranks in zip(matrix.rows, matrix.ranks(), strict=True):
@@ -233,14 +235,19 @@ def terminal_table(matrix: Matrix) -> Table:
     return table
 
 
-def _terminal_cell(matrix: Matrix, cell: MatrixCell, rank: Rank, bounds: tuple[float, float]) -> Text:
+def _terminal_text(matrix: Matrix, cell: MatrixCell) -> str:
     text = f"{format_percent(cell)}{_cell_marks(matrix, cell)}"
+    return text if cell.value is None else f" {text} "
+
+
+def _terminal_cell(matrix: Matrix, cell: MatrixCell, rank: Rank, bounds: tuple[float, float]) -> Text:
+    text = _terminal_text(matrix, cell)
     if cell.value is None:
         return Text(text, style="red" if cell.state == "hole" else "dim")
     colour = cell_colour(cell.value, bounds)
     front = "rgb(255,255,255)" if is_dark(colour) else "rgb(0,0,0)"
     style = Style.parse(f"{front} on rgb({colour[0]},{colour[1]},{colour[2]})")
-    return Text(f" {text} ", style=style + Style(bold=rank == "best", underline=rank == "best"))
+    return Text(text, style=style + Style(bold=rank == "best", underline=rank == "best"))
 
 
 @dataclass(frozen=True, kw_only=True)
