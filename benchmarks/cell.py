@@ -44,6 +44,7 @@ SHOWN = ("seconds", "cpu_seconds", "peak_mib", "image_auroc", "pixel_auroc", "au
 
 def run_ours(settings):
     """Plans and runs the cell in this process, without Ray; its figures."""
+    import pandas as pd  # noqa: F401  # pyarrow imports it at first use
     import torch
     import yaml
 

@@ -35,7 +35,7 @@ def main():
     parser.add_argument("--faiss-python", help="interpreter with faiss-cpu installed")
     parser.add_argument("--queries", type=int, default=60_000)
     parser.add_argument("--rows", type=int, default=16_000)
-    parser.add_argument("--neighbours", type=int, default=1)
+    parser.add_argument("--neighbours", type=int, nargs="+", default=[1, 9], help="of every query, one search for each")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -51,49 +51,58 @@ def main():
         queries += 0.05 * test_patches.std() * torch.randn(queries.shape, generator=generator)
     del train, test, bank_from, test_patches
 
-    k, found = options.neighbours, {}
-
-    def ours():
-        found["ours"] = nearest(queries, bank, k)
-
+    figures = {
+        "queries": len(queries),
+        "rows": len(bank),
+        "dimensions": bank.shape[1],
+        "threads": options.threads,
+        "other": "faiss IndexFlatL2" if options.faiss_python else "chunked cdist",
+    }
     with tempfile.TemporaryDirectory() as folder:
+        other = None
         if options.faiss_python:
             np.save(f"{folder}/queries.npy", queries.numpy())
             np.save(f"{folder}/bank.npy", bank.numpy())
             other = OtherSide(options.faiss_python, options.threads, folder)
-
-            def theirs():
-                return other.ask("search", queries="queries", bank="bank", k=k)["seconds"]
-        else:
-
-            def theirs():
-                found["theirs"] = chunked_cdist(queries, bank, k)
-
-        _, grown = peak_mib(ours)
-        seconds = interleave({"ours": ours, "theirs": theirs}, options.rounds)
-        if options.faiss_python:
+        for k in options.neighbours:
+            found, measured = search(queries, bank, k, other, options.rounds)
+            if other:
+                found["theirs"] = torch.from_numpy(np.load(f"{folder}/found.npy"))
+            measured |= check(queries, bank, found)
+            figures |= {f"k{k}_{name}": value for name, value in measured.items()}
+        if other:
             other.close()
-            found["theirs"] = torch.from_numpy(np.load(f"{folder}/found.npy"))
+    figures["process_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    report(figures, options.json)
 
+
+def search(queries, bank, k, other, rounds):
+    """What each side found, as far as it ran in this process, and its seconds."""
+    found = {}
+
+    def ours():
+        found["ours"] = nearest(queries, bank, k)
+
+    def theirs():
+        if other:
+            return other.ask("search", queries="queries", bank="bank", k=k)["seconds"]
+        found["theirs"] = chunked_cdist(queries, bank, k)
+        return None
+
+    _, grown = peak_mib(ours)
+    seconds = interleave({"ours": ours, "theirs": theirs}, rounds)
+    return found, compare(seconds, "ours", "theirs") | {"ours_grew_by_mib": grown}
+
+
+def check(queries, bank, found):
+    """Errors of our distances, and how much farther than the other's rows ours are, in float64."""
     distances, indices = found["ours"]
     exact, theirs_exact = (measure(queries, bank, rows) for rows in (indices, found["theirs"]))
-    report(
-        {
-            "queries": len(queries),
-            "rows": len(bank),
-            "dimensions": bank.shape[1],
-            "neighbours": k,
-            "threads": options.threads,
-            "other": "faiss IndexFlatL2" if options.faiss_python else "chunked cdist",
-            **compare(seconds, "ours", "theirs"),
-            "ours_grew_by_mib": grown,
-            "process_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "ours_relative_error": float((distances / exact - 1).nan_to_num(0).abs().max()),
-            "ours_farther_than_theirs_at_most": float((exact - theirs_exact).max()),
-            "theirs_farther_than_ours_at_most": float((theirs_exact - exact).max()),
-        },
-        options.json,
-    )
+    return {
+        "ours_relative_error": float((distances / exact - 1).nan_to_num(0).abs().max()),
+        "ours_farther_than_theirs_at_most": float((exact - theirs_exact).max()),
+        "theirs_farther_than_ours_at_most": float((theirs_exact - exact).max()),
+    }
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ depend on whether they were stored: features that are computed for each use are 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -30,9 +31,15 @@ __all__ = [
     "feature_keys",
     "feature_split",
     "load_images",
+    "num_encoded_together",
     "round_as_stored",
 ]
 
+ENCODED_TOGETHER = 4 * 224**2
+"""Pixels in one forward pass on a CPU, for every four threads: the maps inside a network then stay in the cache, and
+below `REUSED_BYTES`. Larger batches of EfficientNet-Lite0 take twice as long per image."""
+REUSED_BYTES = 2**25 - 2**16
+"""The largest blocks of memory that glibc uses again, see `_reuse_memory`."""
 FLOAT16_LIMIT = 6e4
 """Images with a feature beyond this are kept in float32; float16 ends at 65,504."""
 
@@ -54,6 +61,13 @@ def round_as_stored(level: Tensor, dtype: Literal["float16", "float32"] = "float
     rounded = level.half().float()
     wide = torch.linalg.vector_norm(level, torch.inf, dim=(1, 2, 3)) > FLOAT16_LIMIT
     return torch.where(wide.view(-1, 1, 1, 1), level, rounded) if wide.any() else rounded
+
+
+def num_encoded_together(image_size: tuple[int, int], device: torch.device) -> int:
+    """Images in one forward pass, at most: the fewer, the less memory a CPU goes through; an accelerator takes all."""
+    if device.type != "cpu":
+        return sys.maxsize
+    return max(1, ENCODED_TOGETHER * max(1, torch.get_num_threads() // 4) // (image_size[0] * image_size[1]))
 
 
 def feature_keys(
@@ -118,7 +132,7 @@ def feature_split(
         store: where features and decoded images are kept. What does not fit is computed at every use instead.
         encoder_factory: gives the frozen backbone when something has to be computed.
         also_layers: further layers to store from a forward pass that is made anyway.
-        batch_size: images per forward pass and per batch.
+        batch_size: images per batch, and at most per forward pass.
         precision: precision of the encoder that the factory makes; part of the store's key.
         dtype: what the store keeps; float16 halves the size at a relative error of 5e-4.
         device: where batches are wanted.
@@ -157,6 +171,7 @@ def feature_split(
         store=store,
         encoder_factory=encoder_factory,
         batch_size=batch_size,
+        num_together=min(batch_size, num_encoded_together(preprocessing.image_size, torch.device(device))),
         dtype=dtype,
         device=torch.device(device),
     )
@@ -180,10 +195,11 @@ class FeatureSplit:
         store: FeatureStore,
         encoder_factory: EncoderFactory,
         batch_size: int,
+        num_together: int,
         dtype: Literal["float16", "float32"],
         device: torch.device,
     ) -> None:
-        """Args: what `feature_split` found; `rows` by (layer, category)."""
+        """Args: what `feature_split` found; `rows` by (layer, category); images per batch and per forward pass."""
         self.samples = samples
         self.layers = layers
         self.streamed = False
@@ -194,7 +210,8 @@ class FeatureSplit:
         """Wall time of filling the store, decoding included."""
         self._digests, self._name, self._also_layers = digests, name, also_layers
         self._rows, self._pixels, self._store = rows, pixels, store
-        self._encoder_factory, self._batch_size, self._dtype, self._device = encoder_factory, batch_size, dtype, device
+        self._encoder_factory, self._dtype, self._device = encoder_factory, dtype, device
+        self._batch_size, self._num_together = batch_size, num_together
         self._encoder: Backbone | None = None
 
     def __len__(self) -> int:
@@ -264,8 +281,9 @@ class FeatureSplit:
     def _extract(
         self, todo: list[int], layers: tuple[str, ...], keep_pixels: bool, on_progress: OnProgress | None
     ) -> None:
+        _reuse_memory()
         encoder = self._encoder_factory(layers)
-        groups = chunks(todo, self._batch_size)
+        groups = chunks(todo, self._num_together)
         done = 0
         with ExitStack() as stack:
             writers = {
@@ -273,21 +291,22 @@ class FeatureSplit:
                 for place, rows in self._rows.items()
                 if place[0] in layers
             }
+            # A batch is written while the next is encoded; what is complete is kept when a later image cannot be read.
+            pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
             batches = stack.enter_context(closing(self._pixels.batches(groups, keep_pixels)))
-            write: Callable[[], None] = _nothing
-            try:
-                for group, images in zip(groups, batches, strict=True):
-                    with torch.inference_mode():
-                        levels = encoder.encode(images)
-                        write()  # the rows of the batch before, while an accelerator computes
-                        write = _nothing
-                        rows = [self._to_rows(level, layer, group) for layer, level in zip(layers, levels, strict=True)]
-                    write = partial(self._write, group, layers, rows, writers)
-                    done += len(group)
-                    if on_progress is not None:
-                        on_progress(done, len(todo))
-            finally:  # what is complete is kept when a later image cannot be read
-                write()
+            writing: Future[None] | None = None
+            for group, images in zip(groups, batches, strict=True):
+                with torch.inference_mode():
+                    levels = encoder.encode(images)
+                    rows = [self._to_rows(level, layer, group) for layer, level in zip(layers, levels, strict=True)]
+                if writing is not None:
+                    writing.result()
+                writing = pool.submit(self._write, group, layers, rows, writers)
+                done += len(group)
+                if on_progress is not None:
+                    on_progress(done, len(todo))
+            if writing is not None:
+                writing.result()
         self.num_extracted += done
         for stored in self._rows.values():
             stored.refresh()
@@ -303,7 +322,8 @@ class FeatureSplit:
 
     def _check_finite(self, level: Tensor, layer: str, group: Sequence[int]) -> Tensor:
         """(B,) largest magnitude of each image. Raises NonFiniteFeatures."""
-        peaks = torch.linalg.vector_norm(level, torch.inf, dim=(1, 2, 3)).cpu()
+        values = level.permute(0, 2, 3, 1).flatten(1)  # a view of channels-last maps
+        peaks = torch.maximum(values.amax(dim=1), -values.amin(dim=1)).cpu()  # NaN if any value is
         for position, finite in zip(group, peaks.isfinite().tolist(), strict=True):
             if not finite:
                 raise NonFiniteFeatures(
@@ -361,16 +381,24 @@ class FeatureSplit:
     def _stream(self, groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
         """Batches computed anew, with the numbers that the store would have given."""
         if self._encoder is None:
+            _reuse_memory()
             self._encoder = self._encoder_factory(self.layers)
         with closing(self._pixels.batches(groups)) as batches:
             for group, images in zip(groups, batches, strict=True):
+                parts = [self._encoder.encode(part) for part in images.split(self._num_together)]
                 levels = []
-                for layer, level in zip(self.layers, self._encoder.encode(images), strict=True):
+                for layer, level in zip(self.layers, map(torch.cat, zip(*parts, strict=True)), strict=True):
                     self._check_finite(level, layer, group)
                     levels.append(round_as_stored(level.detach(), self._dtype).to(self._device))
                 self.num_extracted += len(group)
                 yield Batch(samples=tuple(self.samples[i] for i in group), levels=tuple(levels))
 
 
-def _nothing() -> None:
-    """No rows wait to be written."""
+def _reuse_memory() -> None:
+    """Lets glibc keep blocks of up to 32 MiB that are freed, instead of asking the system for new ones each time.
+
+    It asks for every block above a threshold, and filling the new pages with zeros takes as long as computing the maps
+    of a network that go there. The threshold, 128 KiB at first, rises to the size of any such block that is freed, but
+    not beyond 32 MiB (mallopt(3), M_MMAP_THRESHOLD). On other systems this does nothing.
+    """
+    torch.empty(REUSED_BYTES, dtype=torch.uint8)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from harness import feature_store, image_split
+from harness import feature_store, features, image_split
 from harness.backbones import FrozenBackbone, resolve_backbone
 from harness.contracts import AdgridError, Preprocessing, Sample, SampleKey
 from harness.datasets.images import load_image
@@ -405,6 +405,27 @@ def test_features_that_do_not_fit_are_streamed_with_the_same_numbers(make_split,
     for level, whole in zip(taken.levels, stored, strict=True):
         torch.testing.assert_close(level, whole[[6, 2, 0, 1, 5]], rtol=2**-10, atol=1e-6)
     assert [sample.sample_id for sample in taken.samples] == ["6", "2", "0", "1", "5"]
+
+
+def test_a_cpu_encodes_few_images_together_whatever_the_batch_size(make_split, encoder, tmp_path, monkeypatch):
+    def encoded(**options):
+        sizes.clear()
+        levels = all_levels(make_split(**options))
+        return list(sizes), levels
+
+    sizes = []
+    encoder.bend = lambda levels: (sizes.append(len(levels[0])), levels)[1]
+    together, expected = encoded(cache=tmp_path / "whole batches")
+    monkeypatch.setattr(features, "ENCODED_TOGETHER", 2 * 64 * 64 + 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    stored, levels = encoded()
+    streamed, again = encoded(cache=tmp_path / "small", max_bytes=1000)
+    assert (together, stored, streamed) == ([3, 3, 1], [2, 2, 2, 1], [2, 1, 2, 1, 1])
+    for whole, part, anew in zip(expected, levels, again, strict=True):
+        torch.testing.assert_close(part, whole, rtol=2**-10, atol=1e-6)
+        torch.testing.assert_close(anew, whole, rtol=2**-10, atol=1e-6)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert encoded(cache=tmp_path / "eight threads")[0] == [3, 3, 1]
 
 
 def test_streaming_keeps_decoded_images_where_they_fit(make_split, count_decoding, tmp_path):

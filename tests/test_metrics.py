@@ -7,6 +7,7 @@ from reference.aupro import aupro_by_counting, official_aupro
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+import harness.curves
 import harness.metrics
 from harness.metrics import METRICS, TOLERANCE, MetricError, PixelMetrics, image_metrics, label_regions
 
@@ -309,6 +310,13 @@ def test_little_memory_means_more_replays_and_the_same_numbers(monkeypatch):
     assert_within_bounds(values, exact_values(maps, masks))
 
 
+def test_it_does_not_matter_how_many_intervals_are_computed_at_once(monkeypatch):
+    maps, masks = smooth_case()
+    expected = count(maps, masks).compute(replay=lambda: [(maps, masks)])
+    monkeypatch.setattr(harness.curves, "_BLOCK", 37)
+    assert count(maps, masks).compute(replay=lambda: [(maps, masks)]) == pytest.approx(expected, abs=1e-12)
+
+
 def test_an_update_after_a_replay_counts_again():
     maps, masks = smooth_case()
     metrics = count(maps[:4], masks[:4])
@@ -413,5 +421,5 @@ def test_refinements_of_different_plans_do_not_mix():
 
 
 def test_every_metric_has_a_title_and_a_definition():
-    assert [info.kind for info in METRICS.values()] == ["image"] * 3 + ["pixel"] * 4
+    assert [info.kind for info in METRICS.values()] == ["image"] * 3 + ["sample"] + ["pixel"] * 4
     assert all(info.title and info.definition for info in METRICS.values())

@@ -25,7 +25,7 @@ from torch import Tensor
 
 Grid = tuple[int, int]
 
-CHUNK_FLOATS = 2**22
+CHUNK_FLOATS = 2**19
 """float64 numbers per temporary array; chunks of positions are as large as that allows."""
 
 
@@ -121,7 +121,7 @@ class CholeskyGaussians:
         num_images, device = len(levels[0]), levels[0].device
         grids, widths = [level_grid(level) for level in levels], [level.shape[1] for level in levels]
         layout = Layout(grids, device)
-        mean = [_mean(level) for level in levels]
+        mean = [_empty(level.shape[1], h * w, device=device) for level, (h, w) in zip(levels, grids, strict=True)]
         num_coarser = [sum(widths[level + 1 :]) for level in range(len(levels))]
         sizes = list(zip(layout.counts, widths, num_coarser, strict=True))
         factor = [_empty(count, width, width, device=device) for count, width, _ in sizes]
@@ -132,7 +132,11 @@ class CholeskyGaussians:
             above = _empty(len(positions[-1]), 0, num_images, device=device)
             for level in reversed(range(len(levels))):
                 at = positions[level]
-                deviation = _deviation(levels[level], mean[level], layout.source[level][at])
+                source = layout.source[level][at]
+                deviation = _features(levels[level], source)
+                centre = deviation.mean(dim=2)
+                deviation -= centre[:, :, None]
+                mean[level][:, source] = centre.T
                 block_cross = scale * torch.bmm(_siblings(deviation, above), above.mT)
                 block_cross = block_cross.view(len(at), widths[level], above.shape[1])
                 covariance = torch.bmm(deviation, deviation.mT) * scale
@@ -257,7 +261,15 @@ def _mean(level: Tensor) -> Tensor:
 
 def _deviation(level: Tensor, mean: Tensor, at: Tensor) -> Tensor:
     """(P, D, B) float64 features minus mean at some positions of a (B, D, h, w) level."""
-    return (level.flatten(2).index_select(2, at).double() - mean[:, at]).permute(2, 1, 0).contiguous()
+    deviation = _features(level, at)
+    deviation -= mean[:, at].T[:, :, None]
+    return deviation
+
+
+def _features(level: Tensor, at: Tensor) -> Tensor:
+    """(P, D, B) float64 features at some positions of a (B, D, h, w) level."""
+    rows = level.permute(2, 3, 0, 1).flatten(0, 1).index_select(0, at)  # (P, B, D), in this order the fastest to read
+    return _empty(*rows.mT.shape, device=level.device).copy_(rows.mT)
 
 
 def _empty(*shape: int, device: torch.device) -> Tensor:

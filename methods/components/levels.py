@@ -30,7 +30,11 @@ def collect_levels(split: Split, channels: Sequence[Tensor] | None = None) -> li
             else [level[:, some.to(level.device)] for level, some in zip(batch.levels, channels, strict=True)]
         )
         if not levels:
-            levels = [torch.empty(len(split), *maps.shape[1:], device=maps.device) for maps in chosen]
+            # Patch vectors contiguous, as the store and channels-last networks give them.
+            levels = [
+                torch.empty((len(split), *maps.shape[1:]), device=maps.device, memory_format=torch.channels_last)
+                for maps in chosen
+            ]
         for level, maps in zip(levels, chosen, strict=True):
             level[begin : begin + len(maps)] = maps
         begin += len(batch)

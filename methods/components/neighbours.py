@@ -11,16 +11,17 @@ the rest of a vector counts by its length alone (Cauchy-Schwarz):
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_FLOATS = 2**22
-"""Lower bounds held at once, queries times bank rows."""
+BLOCK_FLOATS = 2**21
+"""Lower bounds held at once, queries times bank rows; 8 MiB stay in the last cache between the steps."""
 GROUP = 32
 """Bank rows whose smallest bound is taken together, to find rows that are surely close."""
-PAIR_FLOATS = 2**20
-"""Differences held at once, pairs times dimensions."""
+PAIR_FLOATS = 2**17
+"""Differences held at once, pairs times dimensions; few enough to be read again from the cache."""
 AXES_SAMPLE = 4096
 """Bank rows from which the principal axes are computed, at most."""
 NUM_PROBES = 64
@@ -119,7 +120,9 @@ class MemoryIndex:
         # Bank rows that are likely the nearest: the first of each of the best groups. The k-th nearest of these is as
         # far as a wanted row can be.
         num_probed = min(k + 1, self.num_rows)
-        probed = smallest.topk(num_probed, dim=1, largest=False).indices
+        # torch sorts partially, three times as fast, only where there are 64 to choose from for each that is wanted.
+        padding = max(0, 64 * num_probed - smallest.shape[1])
+        probed = F.pad(smallest, (0, padding), value=torch.inf).topk(num_probed, dim=1, largest=False).indices
         inside = groups.gather(1, probed[:, :, None].expand(-1, -1, group)).argmin(dim=2)
         row = torch.arange(len(queries), device=queries.device).repeat_interleave(num_probed)
         reached = self._measure(queries, row, (probed * group + inside).flatten())
@@ -131,9 +134,9 @@ class MemoryIndex:
         error = 2 * (bound.shape[1] + 8) * unit * (norm + self.largest_norm) ** 2
         reached = reached * (1 + (queries.shape[1] + 8) * torch.finfo(queries.dtype).eps)
         limit = (reached.double().square() - norm.square() + error).to(self.dtype)
-        row, near = (smallest <= limit[:, None]).nonzero(as_tuple=True)
+        row, near = _find(smallest <= limit[:, None])
         candidates = groups.flatten(0, 1).index_select(0, row * groups.shape[1] + near)
-        pair, inside = (candidates <= limit[row, None]).nonzero(as_tuple=True)
+        pair, inside = _find(candidates <= limit[row, None])
         row, column = row[pair], near[pair] * group + inside
         distance = self._measure(queries, row, column)
         kept = (distance <= reached[row]).nonzero()[:, 0]
@@ -162,10 +165,11 @@ class MemoryIndex:
     def _measure(self, queries: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """(pairs,) distances between the paired queries and bank rows, by differences."""
         pairs = max(1, PAIR_FLOATS // queries.shape[1])
-        pieces = [
-            torch.linalg.vector_norm(queries.index_select(0, r) - self.memory_bank.index_select(0, c), dim=1)
-            for r, c in zip(row.split(pairs), column.split(pairs), strict=True)
-        ]
+        pieces = []
+        for some_rows, some_columns in zip(row.split(pairs), column.split(pairs), strict=True):
+            difference = self.memory_bank.index_select(0, some_columns)
+            difference -= queries.index_select(0, some_rows)
+            pieces.append(torch.linalg.vector_norm(difference, dim=1))
         return torch.cat(pieces)
 
     def _choose_axes(self, k: int) -> Tensor | None:
@@ -188,6 +192,13 @@ class MemoryIndex:
             costs[num_axes] = self.num_rows * (num_axes + share * PAIR_COST * width)
         cheapest = min(costs, key=lambda num_axes: costs[num_axes])
         return None if cheapest == width else axes[:, :cheapest].contiguous()
+
+
+def _find(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the true entries of a matrix, row by row."""
+    # On a CPU numpy looks through a mask six times as fast.
+    flat = torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.is_cpu else mask.flatten().nonzero()[:, 0]
+    return flat // mask.shape[1], flat % mask.shape[1]
 
 
 def _shorten(points: Tensor, num_axes: int) -> Tensor:
