@@ -235,6 +235,8 @@ def test_a_stage_is_trained_once_and_reloaded(run, monkeypatch):
     second = run(space)
     assert len(steps) == 2
     assert second["small"].metrics == first["small"].metrics
+    assert len(second["small"].curves["tuning"]) == 1
+    assert second["small"].curves == first["small"].curves
 
 
 def test_a_fitted_method_is_kept_on_request(run):
