@@ -62,7 +62,7 @@ class FittedMethod:
         self._resolved, self._data, self._store, self._settings = resolved, data, store, settings
         self._workers = workers
         self.curves: dict[str, list[float]] = {}
-        """Mean loss of every epoch, per stage that was trained here."""
+        """Mean loss of every epoch, per trained stage."""
         self._notify = partial(notify, ", ".join(data) if len(data) < 3 else f"{len(data)} categories")
         self._device = pick_device(trial.resources)
         self._encoder: FrozenBackbone | None = None
@@ -240,6 +240,7 @@ class FittedMethod:
             state = self._workers.agree(self._store.load_state(artifact) if self._workers.leads else None)
             if state is not None:
                 stage.load_state_dict(state)
+                self.curves[stage.name] = self._store.load_curve(artifact)
                 continue
             losses: list[float] = []
 
@@ -263,6 +264,7 @@ class FittedMethod:
                 report=report,
             )
             if self._workers.leads:
+                self._store.publish_curve(artifact, self.curves[stage.name])
                 self._store.publish_state(artifact, stage.state_dict())
             checkpoints.discard()
 
@@ -308,7 +310,8 @@ def pick_device(resources: Resources) -> torch.device:
             f"resources.gpu is {resources.gpu:g} but torch {torch.__version__} sees no accelerator on this node; "
             f"install a build of torch for it, or set resources.gpu to 0"
         )
-    return device
+    # With its number: other threads have a current device of their own.
+    return torch.device(device.type, torch.accelerator.current_device_index())
 
 
 def is_being_extracted(resolved: ResolvedTrial, category: str, settings: RunSettings) -> bool:

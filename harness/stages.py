@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -19,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.contracts import Share, Split, Trainable, derive_seed
+from harness.contracts import Batch, Share, Split, Trainable, derive_seed
 from harness.workers import ALONE, Workers
 
 Precision = Literal["float32", "bfloat16"]
@@ -106,11 +108,13 @@ def train_stage(
         stage.begin_epoch(train, epoch)
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, finite steps, all steps
         batches = epoch_batches(len(train), stage.batch_size, seed, epoch, stage.max_images_per_epoch)
-        for step, places in enumerate(batches):
-            positions = tuple(range(workers.rank, len(places), workers.size))
-            share = Share(epoch=epoch, step=step, num_images=len(places), positions=positions)
+        own = [places[workers.rank :: workers.size] for places in batches]
+        for step, batch in enumerate(_read_ahead(train, own, device)):
+            size = len(batches[step])
+            positions = tuple(range(workers.rank, size, workers.size))
+            share = Share(epoch=epoch, step=step, num_images=size, positions=positions)
             _set_rates(optimizers, rates, stage.lr_factor(epoch + step / len(batches)))
-            losses = stage.losses(train.take([places[position] for position in positions]), share)
+            losses = stage.losses(batch, share)
             while True:
                 try:
                     loss = ask(losses)
@@ -155,6 +159,30 @@ def epoch_batches(num_images: int, batch_size: int, seed: int, epoch: int, most:
     number = math.ceil(len(order) / batch_size)
     bounds = [i * len(order) // number for i in range(number + 1)]
     return [order[start:stop] for start, stop in itertools.pairwise(bounds)]
+
+
+def _read_ahead(train: Split, groups: Sequence[Sequence[int]], device: torch.device) -> Iterator[Batch]:
+    """The images of each group; a thread reads the next while one is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+        reading = pool.submit(_read, train, groups[0], device)
+        for places in groups[1:]:
+            batch = reading.result()
+            reading = pool.submit(_read, train, places, device)
+            yield batch
+        yield reading.result()
+
+
+def _read(train: Split, places: Sequence[int], device: torch.device) -> Batch:
+    batch = train.take(places)
+    if device.type != "cuda":
+        return batch
+    # From pinned memory the copy to the device does not wait for what it computes.
+    levels = None if batch.levels is None else tuple(map(_pin, batch.levels))
+    return replace(batch, levels=levels, images=None if batch.images is None else _pin(batch.images))
+
+
+def _pin(values: Tensor) -> Tensor:
+    return values.pin_memory() if values.device.type == "cpu" else values
 
 
 def seed_everything(seed: int) -> None:

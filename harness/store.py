@@ -231,6 +231,17 @@ class Store:
         except FileNotFoundError:
             return None
 
+    def publish_curve(self, artifact_id: str, losses: Sequence[float]) -> None:
+        """Saves how the loss of an artifact went, a number per epoch."""
+        self.publish(f"artifacts/{artifact_id}.curve.json", json.dumps(list(losses)).encode())
+
+    def load_curve(self, artifact_id: str) -> list[float]:
+        """The losses of `publish_curve`; none where there are none."""
+        try:
+            return json.loads(self.read(f"artifacts/{artifact_id}.curve.json"))
+        except FileNotFoundError:
+            return []
+
     # --- attempts ---
 
     def count_attempt(self, run_token: str, cell_id: str) -> int:

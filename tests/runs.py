@@ -60,8 +60,7 @@ class SmallRun:
             root=self.root,
             data_root=self.places.data_root,
             cache_dir=self.places.cache_dir,
-            random_weights=True,
-            **{"tracking_uri": "off", "pictures": False, **changes},
+            **{"random_weights": True, "tracking_uri": "off", "pictures": False, **changes},
         )
 
 

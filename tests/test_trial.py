@@ -235,6 +235,8 @@ def test_a_stage_is_trained_once_and_reloaded(run, monkeypatch):
     second = run(space)
     assert len(steps) == 2
     assert second["small"].metrics == first["small"].metrics
+    assert len(second["small"].curves["tuning"]) == 1
+    assert second["small"].curves == first["small"].curves
 
 
 def test_a_fitted_method_is_kept_on_request(run):
@@ -385,3 +387,36 @@ def test_a_trained_stage_serves_every_configuration_that_agrees_in_its_fields(ru
     assert len(steps) == trained
     run(TUNED.replace("epochs: 4", "epochs: 3"))
     assert len(steps) > trained
+
+
+def test_a_trial_whose_process_ended_goes_on_from_the_last_checkpoint(run, monkeypatch):
+    from adgrid_example import methods
+
+    whole = run(TUNED)["small"]
+    run.store.delete_folder("artifacts")
+    run.store.delete_folder("predictions")
+    run.store.delete_folder("rows")
+    epochs = []
+    losses = methods._Tuning.losses
+    monkeypatch.setattr(
+        methods._Tuning,
+        "losses",
+        lambda self, batch, share: (epochs.append(share.epoch), losses(self, batch, share))[1],
+    )
+    plan = run.plan(TUNED)
+    settings = run.settings(plan, checkpoint_seconds=0)
+
+    def pull_the_plug(category, stage, done, total):
+        if "epoch" in stage and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(run_trial(plan.trials[0], settings, pull_the_plug))
+    assert len(run.store.names("checkpoints")) == 1
+    assert set(epochs) == {0, 1, 2}
+    epochs.clear()
+    again = run.run_plan(plan)["small"]
+    assert set(epochs) == {2, 3}  # the checkpoint of the second epoch was the last one saved
+    assert again.metrics == whole.metrics
+    assert again.curves == whole.curves
+    assert run.store.names("checkpoints") == []
