@@ -152,8 +152,11 @@ def _run_alike(
 
 
 def _bundle(resources: Resources) -> dict[str, float]:
-    """What the process of a trial asks for; one that only starts workers takes next to nothing, so it cannot block."""
-    return worker_bundle(resources) if resources.workers == 1 else {"CPU": 0, "memory": 1}
+    """What the process of a trial asks for.
+
+    One that only starts workers takes no core, so it cannot block, and stays on the head, so no lost node takes it along.
+    """
+    return worker_bundle(resources) if resources.workers == 1 else {"CPU": 0, "node:__internal_head__": 0.001}
 
 
 def _run_in_worker(config: dict[str, Any], trials: list[Trial], settings: RunSettings) -> None:

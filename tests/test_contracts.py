@@ -83,6 +83,15 @@ def make_method(name):
     return method(small_config(name), context)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """With several threads sums may be cut differently from call to call, and a training amplifies the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def fitted():
     """Builds, trains and fits a method once per module."""

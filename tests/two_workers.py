@@ -25,5 +25,6 @@ def _work(rank, function, folder):
     dist.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=2)
     try:
         torch.save(function(rank), folder / f"{rank}.pt")
+        dist.barrier()  # whoever leaves first would break the connection under the other
     finally:
         dist.destroy_process_group()
