@@ -208,12 +208,18 @@ def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
     for warning in plan.warnings:
         console.print(f"[yellow]{_escape(warning)}[/]", soft_wrap=True)
     if plan.missing:
-        console.print(f"\n[red]missing on this machine[/], {len(plan.missing)} things:")
+        console.print(f"\n[red]missing on this machine[/], {_count(len(plan.missing), 'thing', 'things')}:")
         for item in sorted(plan.missing, key=lambda item: item.kind):
-            console.print(f"  [bold]{item.kind} {item.name}[/] ({item.num_trials} trials wait for it)")
+            console.print(
+                f"  [bold]{item.kind} {item.name}[/] ({_count(item.num_trials, 'trial waits', 'trials wait')} for it)"
+            )
             for part in _escape(item.reason).split("; "):
                 console.print(f"    {part}", soft_wrap=True)
     return 1 if plan.missing else 0
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def _report(parsed: argparse.Namespace, console: Console, command: str) -> int:

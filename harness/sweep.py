@@ -154,7 +154,8 @@ def _run_alike(
 def _bundle(resources: Resources) -> dict[str, float]:
     """What the process of a trial asks for.
 
-    One that only starts workers takes no core, so it cannot block, and stays on the head, so no lost node takes it along.
+    One that only starts workers takes no core, so that it blocks nobody, and stays on the head, so that no lost node
+    takes it along.
     """
     return worker_bundle(resources) if resources.workers == 1 else {"CPU": 0, "node:__internal_head__": 0.001}
 
