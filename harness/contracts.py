@@ -212,7 +212,10 @@ class LabelledBatch(Batch):
 
 
 class Split(Protocol):
-    """Images in a fixed order. Iterating yields batches; `take` gives any rows, for shuffled training."""
+    """Images in a fixed order. Iterating yields batches; `take` gives any rows, for shuffled training.
+
+    `take` is called from a thread while the main one trains, so it must leave the global random generators alone.
+    """
 
     samples: tuple[SampleKey, ...]
 

@@ -37,6 +37,9 @@ class TinySplit:
     def __init__(self, num, inputs, seed):
         self.images = torch.rand(num, 3, *SIZE, generator=torch.Generator().manual_seed(seed)) * 0.1 + 0.4
         self.inputs = inputs
+        self.backbone = (
+            TinyBackbone()
+        )  # not in `take`, which the loop calls from a thread: it seeds the global generator
         self.samples = tuple(
             SampleKey(path=f"/images/{seed}/{i}.png", category="c", sample_id=f"{seed}-{i}") for i in range(num)
         )
@@ -55,7 +58,7 @@ class TinySplit:
         if self.inputs == "images":
             return Batch(samples=samples, images=images)
         with torch.no_grad():
-            return Batch(samples=samples, levels=TinyBackbone()(images))
+            return Batch(samples=samples, levels=self.backbone(images))
 
 
 def small_config(name):
