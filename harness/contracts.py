@@ -229,6 +229,10 @@ class Split(Protocol):
         """The images at these positions as one batch."""
 
 
+InputScale = tuple[Sequence[float], Sequence[float]]
+"""Mean and standard deviation of each of the three channels of images in [0, 1]."""
+
+
 class LabelledSplit(Split, Protocol):
     """A split of auxiliary data whose batches carry labels and masks."""
 
@@ -405,14 +409,54 @@ class GradientMethod(Method, Protocol):
 
 
 class Representation(Protocol):
-    """A change of the frozen features between backbone and method, such as ADPretrain's projected residuals."""
+    """A change of the frozen features between backbone and method, such as ADPretrain's projected residuals.
 
-    name: str
+    A plug-in file holds `REPRESENTATION_VERSION` and ends with `REPRESENTATION = ItsClass`.
+    """
+
+    summary: ClassVar[str]
+    levels: ClassVar[LevelChoice]
+    """Which levels it is trained on when the search space names no layers; methods read any of them."""
+    Config: ClassVar[type]
+    """Settings of its training."""
+
+    @classmethod
+    def pretraining(
+        cls, config: Any, context: Context, references: Split, input_scale: InputScale, pool: int | None = None
+    ) -> Trainable:
+        """The stage that trains it on a `LabelledSplit`.
+
+        Args:
+            config: its settings.
+            context: its `encode` is the plain frozen backbone; `level_shapes` are those of the trained levels.
+            references: normal images of every category and view, as images or as features.
+            input_scale: mean and standard deviation that `encode` applies to images in [0, 1].
+            pool: so many references of each category and view, kept in memory; None for all of them.
+        """
+
+    @classmethod
+    def from_state(cls, config: Any, state: Mapping[str, Tensor], levels: Sequence[int], where: str) -> Representation:
+        """The trained representation of some of its levels, on the processor.
+
+        Args:
+            config: the settings of its training.
+            state: of the stage, or what `read_checkpoint` gave.
+            levels: numbers of the levels that will be given, from 0, among those it was trained on.
+            where: begins the message of an AdgridError, if the state does not fit.
+        """
+
+    @classmethod
+    def read_checkpoint(cls, path: str) -> Mapping[str, Tensor]:
+        """The state in a file that others have trained. Raises AdgridError if there is none."""
+
+    def to(self, device: torch.device) -> Representation:
+        """Moves it to where the features are."""
 
     def apply(self, levels: tuple[Tensor, ...], reference: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """Levels (B, D, h, w) to levels of the same grid; `reference` are (R, D) tokens of normal images."""
+        """Levels (B, D, h, w) to levels of the same shapes; `reference` are (R, D) tokens of normal images.
 
-    def stages(self) -> list[Trainable]: ...
+        The result for an image does not depend on the others in the batch.
+        """
 
 
 class Backbone(Protocol):
@@ -454,6 +498,83 @@ class DatasetRef:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReferenceChoice:
+    """Which normal images of a category the features of its images are compared with."""
+
+    mode: Literal["shots", "files", "aligned"] = "shots"
+    """`shots`: drawn training images, the same for every image. `files`: given images, likewise. `aligned`: for each
+    image the training images most like it, itself excluded, which every row says."""
+    shots: int = 8
+    """How many are drawn, or all where a category has fewer."""
+    seed: int = 0
+    """Of the draw, which is that of a k-shot run with the same seed."""
+    k: int = 10
+    """How many training images `aligned` gives each image."""
+    path: str | None = None
+    """Folder of the given images, CATEGORY/train/good or DATASET/CATEGORY/train/good below it."""
+    exclude_from_fit: bool = False
+    """Keep drawn references out of the images that the method is fitted to; the paper does not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepresentationRef:
+    """A trained representation as a trial uses it."""
+
+    kind: str
+    """Name of the plug-in."""
+    params: Mapping[str, Any]
+    """The resolved configuration of its training, every field."""
+    artifact_id: str
+    """Of the trained state, or of the content of the given checkpoint."""
+    checkpoint: str | None
+    """File with the state; None for the artifact of that id."""
+    layers: tuple[str, ...]
+    """Layers it was trained on."""
+    reference: ReferenceChoice
+    stamps: tuple[str, ...] = ()
+    """What every row says of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataChoice:
+    """Some categories of a dataset."""
+
+    dataset: DatasetRef
+    categories: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """The training of a representation on labelled auxiliary images: once, before the trials that use it."""
+
+    trial_id: str
+    """Id of the artifact it becomes: by everything its numbers depend on."""
+    kind: str
+    """Name of the plug-in."""
+    params: Mapping[str, Any]
+    """The resolved configuration, every field."""
+    backbone: str
+    weights: str
+    layers: tuple[str, ...]
+    data: tuple[DataChoice, ...]
+    """Training and test images alike, with their labels and masks."""
+    select_on: tuple[DataChoice, ...]
+    """Categories by whose image AUROC the best epoch is picked; none for the last epoch."""
+    reference: ReferenceChoice
+    """Of the categories in `select_on`."""
+    protocol: EvaluationProtocol
+    seed: int
+    precision: Literal["float32", "bfloat16"]
+    resources: Resources
+    reference_source: Literal["auto", "store", "encode"]
+    """Features of the references from the store, or from the backbone at every use; the numbers are the same."""
+    pool: int | None
+    """So many references of each category and view, kept in memory; None for all."""
+    cells: tuple[Cell, ...] = ()
+    """None: it is scored by the trials that use it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """All categories of one (method, backbone, representation, dataset, shots, seed, params)."""
 
@@ -469,6 +590,9 @@ class Trial:
     weights: str
     """`auto`, a path, or `random` (stamped on every row)."""
     representation: str
+    """As the search space calls it; `plain` for the features as they are."""
+    trained: RepresentationRef | None = None
+    """What `representation` stands for; None for `plain`."""
     dataset: DatasetRef
     categories: tuple[str, ...]
     shots: int | None

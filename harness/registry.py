@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from harness.contracts import AdgridError, Dataset, DatasetRef, Places
 
 METHOD_GROUP = "adgrid.methods"
+REPRESENTATION_GROUP = "adgrid.representations"
 DATASET_GROUP = "adgrid.datasets"
 BACKBONE_GROUP = "adgrid.backbones"
 
@@ -101,12 +102,29 @@ def load_method(name: str) -> Any:
 
 def method_version(name: str) -> int:
     """`METHOD_VERSION` of the method's module; it enters every prediction id."""
-    method = load_method(name)
-    module = importlib.import_module(method.__module__)
-    version = getattr(module, "METHOD_VERSION", None)
+    return _version("method", name, load_method(name), "METHOD_VERSION")
+
+
+def _version(kind: str, name: str, owner: Any, constant: str) -> int:
+    version = getattr(importlib.import_module(owner.__module__), constant, None)
     if not isinstance(version, int):
-        raise AdgridError(f"method {name!r}: its module {method.__module__} has no integer METHOD_VERSION; add one")
+        raise AdgridError(f"{kind} {name!r}: its module {owner.__module__} has no integer {constant}; add one")
     return version
+
+
+def representation_kinds() -> tuple[str, ...]:
+    """Every known trained representation, sorted."""
+    return _names("methods", "REPRESENTATION", REPRESENTATION_GROUP)
+
+
+def load_representation(kind: str) -> Any:
+    """The class of a representation. Raises AdgridError with the nearest names if it is unknown."""
+    return _load("representation", kind, "methods", "REPRESENTATION", REPRESENTATION_GROUP)
+
+
+def representation_version(kind: str) -> int:
+    """`REPRESENTATION_VERSION` of the representation's module; it enters the ids of all that is made with it."""
+    return _version("representation", kind, load_representation(kind), "REPRESENTATION_VERSION")
 
 
 def dataset_layouts() -> tuple[str, ...]:
@@ -157,16 +175,24 @@ def build_config(method: Any, params: Mapping[str, Any]) -> Any:
 
 
 def check_params(name: str, params: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The resolved configuration, every field, as plain JSON values.
+    """The resolved configuration of a method, every field, as plain JSON values.
 
     Raises:
         AdgridError: an unknown field or a value the method refuses; the message begins with `where`.
     """
-    method = load_method(name)
+    return _check_params("method", name, load_method(name), params, where)
+
+
+def check_representation_params(kind: str, params: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The same for the training of a representation."""
+    return _check_params("representation", kind, load_representation(kind), params, where)
+
+
+def _check_params(kind: str, name: str, method: Any, params: Mapping[str, Any], where: str) -> dict[str, Any]:
     fields = method_fields(method)
     for key in params:
         if key not in fields:
-            raise AdgridError(f"{where}.{key}: method {name!r} has no parameter {key!r}{suggest(key, fields)}")
+            raise AdgridError(f"{where}.{key}: {kind} {name!r} has no parameter {key!r}{suggest(key, fields)}")
     try:
         return _adapter(method.Config).dump_python(build_config(method, params), mode="json")
     except ValidationError as error:

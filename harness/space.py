@@ -13,15 +13,33 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from harness.contracts import AdgridError, DatasetRef, EvaluationProtocol, Resources, ScoreReduction
-from harness.registry import check_params, dataset_layouts, load_method, method_fields, method_names, suggest
+from harness.contracts import AdgridError, DatasetRef, EvaluationProtocol, ReferenceChoice, Resources, ScoreReduction
+from harness.registry import (
+    check_params,
+    check_representation_params,
+    dataset_layouts,
+    load_method,
+    method_fields,
+    method_names,
+    representation_kinds,
+    suggest,
+)
 
 Layer = str | int
 Name = Annotated[str, Field(min_length=1)]
-REPRESENTATIONS = ("plain",)
-"""Changes of the features between backbone and method that a space may name."""
+PLAIN = "plain"
+"""The representation that leaves features as they are."""
 
 
 class _Strict(BaseModel):
@@ -45,6 +63,8 @@ class MethodEntry(_Strict):
     params: dict[str, Any] = {}
     layers: tuple[Layer, ...] | None = None
     """Layers that this method reads, for every backbone; None leaves it to the backbone entry, then the paper."""
+    representations: tuple[Name, ...] | None = None
+    """Only with these of the space's representations, where settings differ between them; None for all."""
 
 
 class BackboneEntry(_Strict):
@@ -80,6 +100,83 @@ class DatasetEntry(_Strict):
     def ref(self) -> DatasetRef:
         """The dataset without what the space picks of it."""
         return DatasetRef(name=self.name, layout=self.layout_name, root=self.root, variant=self.variant)
+
+
+Datasets = Annotated[tuple[Annotated[DatasetEntry, BeforeValidator(_name_alone)], ...], BeforeValidator(_as_list)]
+
+
+class ReferenceEntry(_Strict):
+    """Normal images that features are compared with; see `harness.contracts.ReferenceChoice`."""
+
+    mode: Literal["shots", "files", "aligned"] = "shots"
+    shots: Annotated[int, Field(ge=1)] = 8
+    seed: Annotated[int, Field(ge=0)] = 0
+    k: Annotated[int, Field(ge=1)] = 10
+    path: str | None = None
+    exclude_from_fit: bool = False
+
+    @model_validator(mode="after")
+    def _files_have_a_folder(self) -> ReferenceEntry:
+        if (self.mode == "files") != (self.path is not None):
+            raise ValueError("`mode: files` needs the folder of the images as `path`, and no other mode has one")
+        if self.exclude_from_fit and self.mode != "shots":
+            raise ValueError("`exclude_from_fit` is for drawn references, `mode: shots`; leave it out")
+        return self
+
+    def resolved(self) -> ReferenceChoice:
+        """The same as the dataclass that trials carry."""
+        return ReferenceChoice(**self.model_dump())
+
+
+class RepresentationEntry(_Strict):
+    """A change of the features between backbone and method: its name in rows, and how it is trained or where it is."""
+
+    name: Name
+    kind: str | None = None
+    """The plug-in; None for the one called like the entry."""
+    params: dict[str, Any] = {}
+    """Of its training, single values."""
+    checkpoint: str | None = None
+    """A trained one, to be used instead of training; `{backbone}` in the path stands for the backbone's name."""
+    data: Datasets = (DatasetEntry(name="real_iad", variant="folders"),)
+    """Labelled auxiliary images that it is trained on, training and test images alike."""
+    select_on: Datasets = ()
+    """Datasets by whose image AUROC the best epoch is picked."""
+    selection: Literal["last", "heldout_categories", "test_best"] = "last"
+    """State that is used: of the last epoch, or of the best one on `select_on`, which must hold nothing that the space
+    reports on; `test_best` allows even that, and every row says so."""
+    layers: tuple[Layer, ...] | None = None
+    """Layers it is trained on, for every backbone; None for the paper's."""
+    image_size: tuple[int, int] | None = None
+    """Of its training; None for that of the protocol."""
+    resize: int | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    reference: ReferenceEntry = ReferenceEntry()
+    """Normal images of the categories that are scored."""
+    reference_source: Literal["auto", "store", "encode"] = "auto"
+    """Where its training has features of normal images from: the store, the backbone at every use, or what the plan
+    finds faster. The numbers are the same."""
+    pool: Annotated[int, Field(ge=1)] | None = None
+    """References of each category and view that its training keeps in memory; None has all, as in the paper."""
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _selection_has_data(self) -> RepresentationEntry:
+        if (self.selection == "last") != (not self.select_on):
+            raise ValueError(
+                "`selection: last` needs no `select_on`, and any other selection names the datasets it picks by there"
+            )
+        if self.checkpoint is not None and (self.params.keys() - {"features"} or self.select_on):
+            raise ValueError("a given `checkpoint` is not trained; leave `params`, `select_on` and `selection` out")
+        return self
+
+    @property
+    def kind_name(self) -> str:
+        return self.kind or self.name
 
 
 class ProtocolEntry(_Strict):
@@ -139,7 +236,11 @@ class ResourcesEntry(_Strict):
 
 Methods = Annotated[tuple[Annotated[MethodEntry, BeforeValidator(_name_alone)], ...], BeforeValidator(_as_list)]
 Backbones = Annotated[tuple[Annotated[BackboneEntry, BeforeValidator(_name_alone)], ...], BeforeValidator(_as_list)]
-Datasets = Annotated[tuple[Annotated[DatasetEntry, BeforeValidator(_name_alone)], ...], BeforeValidator(_as_list)]
+Representations = Annotated[
+    tuple[Annotated[RepresentationEntry, BeforeValidator(_name_alone)], ...],
+    Field(min_length=1),
+    BeforeValidator(_as_list),
+]
 Shots = Annotated[tuple[Annotated[int, Field(ge=1)] | None, ...], Field(min_length=1), BeforeValidator(_as_list)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_as_list)]
 Names = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_as_list)]
@@ -151,7 +252,7 @@ class Grid(_Strict):
     methods: Methods | None = None
     backbones: Backbones | None = None
     datasets: Datasets | None = None
-    representations: Names | None = None
+    representations: Representations | None = None
     shots: Shots | None = None
     seeds: Seeds | None = None
 
@@ -164,7 +265,7 @@ class Space(_Strict):
     methods: Annotated[Methods, Field(min_length=1)]
     backbones: Backbones = ()
     datasets: Annotated[Datasets, Field(min_length=1)]
-    representations: Names = ("plain",)
+    representations: Representations = (RepresentationEntry(name=PLAIN),)
     shots: Shots = (None,)
     seeds: Seeds = (0,)
     categories: Names | None = None
@@ -190,7 +291,7 @@ class GridPoint:
     """Single values, the grid of `MethodEntry.params` expanded; only the fields that the space names."""
     backbone: BackboneEntry | None
     dataset: DatasetEntry
-    representation: str
+    representation: RepresentationEntry
     shots: int | None
     seed: int
 
@@ -278,7 +379,7 @@ def apply_override(data: dict[str, Any], override: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise AdgridError(f"--set {override}: the value is not valid YAML ({' '.join(str(error).split())})") from error
     keys = field.split(".")
-    if len(keys) == 1 and field in ("methods", "backbones", "datasets"):
+    if len(keys) == 1 and field in ("methods", "backbones", "datasets", "representations"):
         entries = {_entry_name(entry): entry for entry in _as_list(data.get(field, []))}
         chosen = value if isinstance(value, list) else [value]
         return {**data, field: [entries.get(item, item) if isinstance(item, str) else item for item in chosen]}
@@ -365,11 +466,15 @@ def _explain(error: ValidationError, places: _Places) -> str:
     return "\n".join(lines)
 
 
-_BRANCHES = frozenset({"float", "int", "str", "none", "BackboneEntry", "MethodEntry"})
+_BRANCHES = frozenset({"float", "int", "str", "none", "BackboneEntry", "MethodEntry", "RepresentationEntry"})
 _MODELS: dict[str, type[BaseModel]] = {
     "methods": MethodEntry,
     "backbones": BackboneEntry,
     "datasets": DatasetEntry,
+    "representations": RepresentationEntry,
+    "data": DatasetEntry,
+    "select_on": DatasetEntry,
+    "reference": ReferenceEntry,
     "protocol": ProtocolEntry,
     "resources": ResourcesEntry,
     "include": Grid,
@@ -398,11 +503,15 @@ def _check_names(space: Space, places: _Places) -> None:
     for loc, entry in _entries(space, "methods"):
         for point in expand_params(entry, places(*loc, "params")):
             check_params(entry.name, point, places(*loc, "params"))
-    for loc, names in _name_lists(space):
-        for name in names:
-            if name not in REPRESENTATIONS:
-                raise AdgridError(f"{places(*loc)}: unknown representation {name!r}{suggest(name, REPRESENTATIONS)}")
-    for axis in ("methods", "backbones", "datasets"):
+    for loc, entry in _entries(space, "representations"):
+        _check_representation(entry, loc, places)
+    named = {entry.name for _, entry in _entries(space, "representations")}
+    for loc, entry in _entries(space, "methods"):
+        for name in entry.representations or ():
+            if name not in named:
+                where = places(*loc, "representations")
+                raise AdgridError(f"{where}: the space has no representation {name!r}{suggest(name, named)}")
+    for axis in ("methods", "backbones", "datasets", "representations"):
         for double in _doubles([entry.name for entry in getattr(space, axis)] if axis != "methods" else []):
             raise AdgridError(f"{places(axis)}: {double!r} stands there twice; give each entry its own name")
     for index, rule in enumerate(space.exclude):
@@ -424,10 +533,26 @@ def _entries(space: Space, axis: str) -> Iterator[tuple[tuple[str | int, ...], A
             yield ("include", number, axis, index), entry
 
 
-def _name_lists(space: Space) -> Iterator[tuple[tuple[str | int, ...], tuple[str, ...]]]:
-    yield ("representations",), space.representations
-    for number, grid in enumerate(space.include):
-        yield ("include", number, "representations"), grid.representations or ()
+def _check_representation(entry: RepresentationEntry, loc: tuple[str | int, ...], places: _Places) -> None:
+    if entry.name == PLAIN:
+        if entry.model_fields_set - {"name"}:
+            raise AdgridError(f"{places(*loc)}: {PLAIN!r} is the features as they are and has no settings; rename it")
+        return
+    kinds = representation_kinds()
+    if entry.kind_name not in kinds:
+        known = suggest(entry.kind_name, (PLAIN, *kinds))
+        raise AdgridError(
+            f"{places(*loc)}: unknown representation {entry.kind_name!r}{known}; `kind` names the plug-in"
+        )
+    check_representation_params(entry.kind_name, entry.params, places(*loc, "params"))
+    for field in ("data", "select_on"):
+        for index, dataset in enumerate(getattr(entry, field)):
+            if dataset.layout_name not in dataset_layouts():
+                where = places(*loc, field, index)
+                known = suggest(dataset.layout_name, dataset_layouts())
+                raise AdgridError(f"{where}: unknown dataset layout {dataset.layout_name!r}{known}")
+            if dataset.shots is not None:
+                raise AdgridError(f"{places(*loc, field, index)}: a pretraining reads all images; leave `shots` out")
 
 
 def _doubles(names: Sequence[str]) -> list[str]:
@@ -490,7 +615,9 @@ def _points_of(grid: Grid, space: Space) -> Iterator[GridPoint]:
                 )
             # Without backbone there is nothing to vary: the axis collapses to one cell.
             backbones = axis("backbones") if needs_backbone else (None,)
-            representations = axis("representations") if needs_backbone else ("plain",)
+            representations = axis("representations") if needs_backbone else (RepresentationEntry(name=PLAIN),)
+            if needs_backbone and method.representations is not None:
+                representations = [entry for entry in representations if entry.name in method.representations]
             for params, representation, backbone, shots, seed in itertools.product(
                 expand_params(method, "methods"), representations, backbones, shots_axis, axis("seeds")
             ):
@@ -510,7 +637,7 @@ def _matches(rule: Mapping[str, Any], point: GridPoint) -> bool:
         "method": point.method.name,
         "backbone": point.backbone.name if point.backbone else None,
         "dataset": point.dataset.name,
-        "representation": point.representation,
+        "representation": point.representation.name,
         "shots": point.shots,
         "seed": point.seed,
     }

@@ -249,9 +249,41 @@ def test_projected_residuals_do_not_depend_on_the_batch_and_need_references():
         torch.testing.assert_close(one[0], all_of_them[2], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="need reference tokens"):
         representation.apply(levels, None)
-    assert representation.stages() == []
-    stage = make()
-    assert ProjectedResiduals(stage.module, stage).stages() == [stage]
+
+
+def test_a_representation_of_some_levels_is_that_part_of_the_whole():
+    projector = small_projector()
+    levels = tuple(draw(2, *shape) for shape in SHAPES)
+    reference = tuple(draw(9, shape[0], seed=1) for shape in SHAPES)
+    whole_one = ProjectedResiduals(projector).apply(levels, reference)
+    part = ProjectedResiduals.from_state(Config(), projector.state_dict(), [1], "state")
+    assert torch.equal(part.apply(levels[1:], reference[1:])[0], whole_one[1])
+    with pytest.raises(AdgridError, match="state: it has 2 levels, and level 3 is wanted"):
+        ProjectedResiduals.from_state(Config(), projector.state_dict(), [2], "state")
+
+
+def test_plain_features_are_projected_without_references():
+    projector = small_projector()
+    levels = tuple(draw(2, *shape) for shape in SHAPES)
+    plain = ProjectedResiduals.from_state(Config(features="plain"), projector.state_dict(), [0, 1], "state")
+    for one, other in zip(plain.apply(levels, None), projector(levels), strict=True):
+        assert torch.equal(one, other)
+    stage, train = begun(features="plain")
+    batch = train.take(range(NUM))
+    for one, other in zip(
+        stage.residuals(batch, whole(NUM)), stage._encode(stage._two_views(batch.images, batch.samples, 0)), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_a_loss_without_weight_is_left_out():
+    def loss(**changes):
+        stage, train = begun(**changes)
+        return next(stage.losses(train.take(range(NUM)), whole(NUM)))
+
+    both, angle, norm = loss(), loss(norm_weight=0.0), loss(angle_weight=0.0)
+    torch.testing.assert_close(angle + norm, both)
+    torch.testing.assert_close(loss(angle_weight=2.0), both + angle)
 
 
 def test_a_batch_without_anomalies_is_a_step_of_zero_or_none():

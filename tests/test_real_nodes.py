@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,16 +26,12 @@ def address():
     ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
     head = ["--head", f"--port={address.split(':')[1]}", "--num-cpus=0", "--include-dashboard=false"]
     place = ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
-    nodes = []
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
 
     def start(*options):
-        nodes.append(
-            subprocess.Popen(
-                [*ray, *options, *place], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-            )
-        )
+        return subprocess.Popen([*ray, *options, *place], **quiet)
 
-    start(*head)
+    nodes = [start(*head)]
     deadline = time.monotonic() + 60
     while True:
         with socket.socket() as probe:
@@ -42,11 +39,19 @@ def address():
                 break
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    start(f"--address={address}", "--num-cpus=1")
-    start(f"--address={address}", "--num-cpus=1")
-    yield address
+    worker = f"--address={address}", "--num-cpus=1"
+    nodes += [start(*worker), start(*worker)]
+
+    def revive():
+        """Nodes that start side by side on one machine may choose the same port, which ends one of them."""
+        for number, node in enumerate(nodes):
+            if number > 0 and node.poll() is not None:
+                nodes[number] = start(*worker)
+
+    yield address, revive
     for node in nodes:
-        os.killpg(node.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGTERM)
     for node in nodes:
         try:
             node.wait(timeout=20)
@@ -56,6 +61,7 @@ def address():
 
 
 def test_the_command_line_runs_groups_of_workers_on_real_nodes(tmp_path, places, address):
+    address, revive = address
     run = SmallRun(tmp_path, places)
     space = tmp_path / "space.yaml"
     space.write_text(TUNED)
@@ -68,6 +74,7 @@ def test_the_command_line_runs_groups_of_workers_on_real_nodes(tmp_path, places,
         # The nodes need a while to join; until then the plan is refused with what is missing.
         if done.returncode != 2 or time.monotonic() > deadline:
             break
+        revive()
         time.sleep(1)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = run.store.load_rows().values()

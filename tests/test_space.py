@@ -63,8 +63,8 @@ def test_include_adds_a_grid_and_no_doubles():
         (("seeds: [0, 1]", "protocol: {aupro_limit: 30}"), ["protocol.aupro_limit", "30", "line 10"]),
         (("seeds: [0, 1]", "protocol: {smooth: 4}"), ["unknown key 'smooth'", "smoothing", "line 10"]),
         (
-            ("seeds: [0, 1]", "representations: [adpretrain]"),
-            ["unknown representation 'adpretrain'", "plain", "line 10"],
+            ("seeds: [0, 1]", "representations: [adpretrian]"),
+            ["unknown representation 'adpretrian'", "'adpretrain'", "line 10"],
         ),
         (("seeds: [0, 1]", "exclude: [{methd: padim}]"), ["unknown axis 'methd'", "'method'", "line 10"]),
         (("seeds: [0, 1]", "resources: {cpu: 0}"), ["cpu or gpu"]),

@@ -49,3 +49,5 @@ __all__ = [
     "projector_from_state",
     "residual",
 ]
+
+REPRESENTATION = ProjectedResiduals

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from harness.contracts import AdgridError, Batch, Context, LabelledBatch, SampleKey, Share, Split, Trainable
+from harness.contracts import AdgridError, Batch, Context, InputScale, LabelledBatch, SampleKey, Share, Split, Trainable
 from methods.adpretrain.labels import label_by_count, label_by_nearest
 from methods.adpretrain.losses import angle_loss, norm_loss
 from methods.adpretrain.projector import Projector
@@ -20,10 +20,7 @@ from methods.components.collectives import num_workers, sum_over_workers
 from methods.components.draws import image_generator, step_generator
 from methods.components.levels import float64_device
 
-Statistics = tuple[Sequence[float], Sequence[float]]
-"""Mean and standard deviation of each of the three channels of images in [0, 1]."""
-
-CLIP_STATISTICS: Statistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+CLIP_STATISTICS: InputScale = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 CENTRE_BATCH = 16
 """Images encoded at once for the centre."""
 
@@ -39,7 +36,7 @@ class Pretraining(Trainable):
         config: Config,
         context: Context,
         references: References,
-        backbone_statistics: Statistics = CLIP_STATISTICS,
+        backbone_statistics: InputScale = CLIP_STATISTICS,
     ) -> None:
         """Takes over a projector.
 
@@ -89,9 +86,12 @@ class Pretraining(Trainable):
             first, second = (_to_tokens(view) for view in level.float().split(len(batch)))
             grid = (level.shape[2], level.shape[3])
             by_count, by_nearest = label_by_count(masks, grid).flatten(), label_by_nearest(masks, grid).flatten()
-            total = total + angle_loss(first, second, by_count, centre, config.temperature, gathered=gathered)
-            for view in (first, second):
-                total = total + norm_loss(view, by_nearest, form=config.norm_form, gathered=gathered)
+            if config.angle_weight:
+                angle = angle_loss(first, second, by_count, centre, config.temperature, gathered=gathered)
+                total = total + config.angle_weight * angle
+            for view in (first, second) if config.norm_weight else ():
+                norm = norm_loss(view, by_nearest, form=config.norm_form, gathered=gathered)
+                total = total + config.norm_weight * norm
         yield total
 
     @torch.no_grad()
@@ -108,6 +108,8 @@ class Pretraining(Trainable):
         )
         images = self._two_views(batch.images, batch.samples, share.epoch)
         levels = self._encode(images)
+        if self._config.features == "plain":
+            return list(levels)
         return subtract_references(
             [level.unflatten(0, (2, -1)).transpose(0, 1) for level in levels], drawn, self._references
         )
@@ -178,7 +180,9 @@ def estimate_centre(train: Split, references: References, config: Config, contex
             levels = context.encode(batch.images[normal].to(context.device, non_blocking=True))
         else:
             levels = tuple(level[normal].to(context.device) for level in batch.levels)
-        rests = subtract_references([level[:, None] for level in levels], drawn, references)
+        rests = list(levels)
+        if config.features == "residual":
+            rests = subtract_references([level[:, None] for level in levels], drawn, references)
         for total, rest in zip(sums, rests, strict=True):
             total[:-1] += rest.to(device).double().sum(dim=(0, 2, 3))
             total[-1] += rest.numel() // rest.shape[1]
@@ -220,7 +224,7 @@ def _to_tokens(maps: Tensor) -> Tensor:
     return maps.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
-def _rescaling(wanted: Statistics, applied: Statistics, device: torch.device) -> tuple[Tensor, Tensor]:
+def _rescaling(wanted: InputScale, applied: InputScale, device: torch.device) -> tuple[Tensor, Tensor]:
     """Factor and offset (3, 1, 1) for images, after which normalising by `applied` gives what `wanted` would have."""
     (mean, std), (applied_mean, applied_std) = (
         [torch.tensor(numbers, dtype=torch.float64).view(3, 1, 1) for numbers in pair] for pair in (wanted, applied)

@@ -104,6 +104,11 @@ class ReferencePool:
         return [torch.stack(level) for level in zip(*(self._kept[place] for place in places), strict=True)]
 
 
+def pool_of(references: References, num: int | None, context: Context) -> References:
+    """A pool of so many references of each category and view, or all of them where no number is given."""
+    return references if num is None else ReferencePool(references, num, context)
+
+
 def draw_places(
     references: References, samples: Sequence[SampleKey], num: int, generator_of: Callable[[SampleKey], torch.Generator]
 ) -> list[list[int]]:

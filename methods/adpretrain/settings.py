@@ -6,12 +6,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from methods.adpretrain.losses import NormForm
+from methods.adpretrain.projector import NUM_REFERENCES
+
+Features = Literal["residual", "plain"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Settings of ADPretrain's training; the defaults are those of the official code unless said otherwise."""
 
+    features: Features = "residual"
+    """What is projected: residuals to the references, or, for comparison, the features as they are."""
+    num_references: int = NUM_REFERENCES
+    """Learned tokens of the projector per level, >= 1."""
     epochs: int = 10
     """Passes over the auxiliary images, >= 1."""
     batch_size: int = 32
@@ -24,6 +31,10 @@ class Config:
     """Epochs after which the learning rate falls by `decay`, ascending."""
     decay: float = 0.1
     """Factor of the learning rate at every milestone, in (0, 1]."""
+    angle_weight: float = 1.0
+    """Of the angle loss, >= 0; the ablation of the paper has 0 or 1."""
+    norm_weight: float = 1.0
+    """Of the norm losses, >= 0."""
     temperature: float = 0.15
     """Of the angle loss, > 0."""
     norm_form: NormForm = "root"
@@ -43,14 +54,17 @@ class Config:
     momentum of Adam still act, or, as in the code, no step."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "centre_references"):
+        for name in ("epochs", "batch_size", "centre_references", "num_references"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        for name in ("weight_decay", "angle_weight", "norm_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.angle_weight == self.norm_weight == 0:
+            raise ValueError("angle_weight and norm_weight are both 0, which leaves nothing to learn; raise one")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must be in (0, 1], got {self.decay}")
         if any(milestone < 1 for milestone in self.milestones) or list(self.milestones) != sorted(set(self.milestones)):
@@ -58,6 +72,7 @@ class Config:
         if not self.reference_counts or min(self.reference_counts) < 1:
             raise ValueError(f"reference_counts must be numbers from 1 on, got {list(self.reference_counts)}")
         for name, known in (
+            ("features", ("residual", "plain")),
             ("norm_form", ("root", "pseudo_huber")),
             ("negatives", ("gathered", "local")),
             ("view_statistics", ("clip", "backbone")),
