@@ -192,6 +192,8 @@ def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
             workers + ", ".join(asks),
             f"{done}/{len(trial.cells)}",
         )
+    for pretraining in plan.pretrainings:
+        console.print(_describe_pretraining(pretraining, store, parsed), soft_wrap=True)
     if plan.trials:
         console.print(table)
     progress = measure_progress(plan, rows, predictions)
@@ -216,6 +218,27 @@ def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
             for part in _escape(item.reason).split("; "):
                 console.print(f"    {part}", soft_wrap=True)
     return 1 if plan.missing else 0
+
+
+def _describe_pretraining(pretraining: Any, store: Any, parsed: argparse.Namespace) -> str:
+    """One line: what is trained before the trials, on what, and where its references come from."""
+    from harness.backbones import resolve_backbone
+    from harness.fitting import pick_device
+    from harness.progress import describe
+    from harness.reference_source import choose_source
+
+    categories = _count(sum(len(choice.categories) for choice in pretraining.data), "category", "categories")
+    text = f"first: {_escape(describe(pretraining))}, {categories}, {pretraining.num_images} images"
+    if store.has_state(pretraining.trial_id):
+        return f"{text} · done"
+    options = _options(parsed)
+    backbone = resolve_backbone(pretraining.backbone, pretraining.weights, options.places.cache_dir)
+    try:
+        device = pick_device(pretraining.resources)
+    except RuntimeError:
+        return f"{text} · to do; speeds are measured where there is an accelerator"
+    choice = choose_source(pretraining, backbone, options.places.cache_dir, options.cache_gib, device)
+    return f"{text} · to do; {choice.reason}"
 
 
 def _count(number: int, one: str, many: str) -> str:

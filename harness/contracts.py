@@ -570,6 +570,9 @@ class Pretraining:
     """Features of the references from the store, or from the backbone at every use; the numbers are the same."""
     pool: int | None
     """So many references of each category and view, kept in memory; None for all."""
+    num_images: int
+    num_references: int
+    """Normal images among them that references are drawn from."""
     cells: tuple[Cell, ...] = ()
     """None: it is scored by the trials that use it."""
 
@@ -603,6 +606,10 @@ class Trial:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the forward passes of a training."""
     cells: tuple[Cell, ...] = ()
+
+
+Job = Trial | Pretraining
+"""What is given to a process, or to a group of workers, as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,14 @@ depend on whether they were stored: features that are computed for each use are 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "FeatureStore",
     "ImageSplit",
     "NonFiniteFeatures",
+    "derive_split",
     "feature_keys",
     "feature_split",
     "load_images",
@@ -117,6 +119,7 @@ def feature_split(
     dtype: Literal["float16", "float32"] = "float16",
     device: torch.device | str = "cpu",
     num_threads: int | None = None,
+    stream: bool = False,
     on_progress: OnProgress | None = None,
 ) -> FeatureSplit:
     """Features of some images, complete: what the store lacks is extracted before this returns.
@@ -137,6 +140,7 @@ def feature_split(
         dtype: what the store keeps; float16 halves the size at a relative error of 5e-4.
         device: where batches are wanted.
         num_threads: threads that decode; None for as many as torch uses, two at least.
+        stream: store no features, compute them at every use.
         on_progress: told about the extraction.
 
     Raises:
@@ -160,6 +164,7 @@ def feature_split(
     }
     keys = keys_of(samples)
     pixels = Pixels(keys, preprocessing, hashes=hashes, dataset=dataset, store=store, num_threads=num_threads)
+    together = min(batch_size, num_encoded_together(preprocessing.image_size, torch.device(device)))
     features = FeatureSplit(
         samples=keys,
         digests=tuple(hashes[sample.path] for sample in keys),
@@ -167,16 +172,116 @@ def feature_split(
         layers=tuple(layers),
         also_layers=tuple(also_layers),
         rows=rows,
-        pixels=pixels,
+        source=pixels,
         store=store,
-        encoder_factory=encoder_factory,
+        encoder_factory=lambda layers: _Parts(encoder_factory(layers), together),
         batch_size=batch_size,
-        num_together=min(batch_size, num_encoded_together(preprocessing.image_size, torch.device(device))),
+        num_together=together,
         dtype=dtype,
         device=torch.device(device),
     )
-    features.complete(on_progress)
+    if stream:
+        features.stream()
+    else:
+        features.complete(on_progress)
     return features
+
+
+def derive_split(
+    plain: FeatureSplit,
+    ids: Mapping[str, str],
+    change: Callable[[Batch], tuple[Tensor, ...]],
+    on_progress: OnProgress | None = None,
+) -> FeatureSplit:
+    """Features of the same images after a change of them, stored under keys of their own.
+
+    Args:
+        plain: the features as they are.
+        ids: category to an id of the change, which becomes part of the keys.
+        change: a batch to its new levels, one of the same shape for each; for an image it is the same in any batch.
+        on_progress: told about what is computed.
+    """
+    rows = {}
+    for (layer, category), stored in plain._rows.items():
+        if layer in plain.layers:
+            key = dataclasses.replace(stored.key, backbone=f"{stored.key.backbone}+{ids[category]}")
+            rows[layer, category] = plain._store.open(key)
+    derived = FeatureSplit(
+        samples=plain.samples,
+        digests=plain._digests,
+        name=plain._name,
+        layers=plain.layers,
+        also_layers=(),
+        rows=rows,
+        source=_Levels(plain),
+        store=plain._store,
+        encoder_factory=lambda layers: _Changed(change, plain.layers, layers),
+        batch_size=plain._batch_size,
+        num_together=plain._batch_size,
+        dtype=plain._dtype,
+        device=plain._device,
+    )
+    derived.complete(on_progress)
+    return derived
+
+
+class _Source(Protocol):
+    """What features are computed from."""
+
+    def batches(self, groups: Sequence[Sequence[int]], keep: bool = False) -> Generator[Any, None, None]:
+        """What the encoder takes, for each group of positions; `keep` stores what was made for it."""
+
+    def missing_bytes(self) -> int:
+        """What `keep` would store."""
+
+    def fill(self, batch_size: int) -> int:
+        """Prepares for being asked again and again."""
+
+
+class _Encoder(Protocol):
+    def encode(self, inputs: Any) -> tuple[Tensor, ...]:
+        """What the source gives, to one (B, D, h, w) map per layer."""
+
+
+class _Parts:
+    """A backbone that is given few images at a time."""
+
+    def __init__(self, backbone: Backbone, size: int) -> None:
+        self._backbone, self._size = backbone, size
+
+    def encode(self, images: Tensor) -> tuple[Tensor, ...]:
+        parts = [self._backbone.encode(part) for part in images.split(self._size)]
+        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+class _Levels:
+    """Plain features as the source of changed ones."""
+
+    def __init__(self, plain: FeatureSplit) -> None:
+        self._plain = plain
+
+    def batches(self, groups: Sequence[Sequence[int]], keep: bool = False) -> Generator[Batch, None, None]:
+        for group in groups:
+            yield self._plain.take(group)
+
+    def missing_bytes(self) -> int:
+        return 0
+
+    def fill(self, batch_size: int) -> int:
+        return 0
+
+
+class _Changed:
+    """A change of features, for some of the layers."""
+
+    def __init__(
+        self, change: Callable[[Batch], tuple[Tensor, ...]], given: Sequence[str], wanted: Sequence[str]
+    ) -> None:
+        self._change, self._places = change, [given.index(layer) for layer in wanted]
+
+    def encode(self, batch: Batch) -> tuple[Tensor, ...]:
+        levels = self._change(batch)
+        return tuple(levels[place] for place in self._places)
 
 
 class FeatureSplit:
@@ -191,15 +296,15 @@ class FeatureSplit:
         layers: tuple[str, ...],
         also_layers: tuple[str, ...],
         rows: Mapping[tuple[str, str], StoredRows],
-        pixels: Pixels,
+        source: _Source,
         store: FeatureStore,
-        encoder_factory: EncoderFactory,
+        encoder_factory: Callable[[tuple[str, ...]], _Encoder],
         batch_size: int,
         num_together: int,
         dtype: Literal["float16", "float32"],
         device: torch.device,
     ) -> None:
-        """Args: what `feature_split` found; `rows` by (layer, category); images per batch and per forward pass."""
+        """Args: what `feature_split` found; `rows` by (layer, category); images per batch and per computation."""
         self.samples = samples
         self.layers = layers
         self.streamed = False
@@ -209,10 +314,10 @@ class FeatureSplit:
         self.extract_seconds = 0.0
         """Wall time of filling the store, decoding included."""
         self._digests, self._name, self._also_layers = digests, name, also_layers
-        self._rows, self._pixels, self._store = rows, pixels, store
+        self._rows, self._source, self._store = rows, source, store
         self._encoder_factory, self._dtype, self._device = encoder_factory, dtype, device
         self._batch_size, self._num_together = batch_size, num_together
-        self._encoder: Backbone | None = None
+        self._encoder: _Encoder | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -244,10 +349,14 @@ class FeatureSplit:
         layers, keep_pixels = self._what_fits(todo)
         if layers:
             self._extract(todo, layers, keep_pixels, on_progress)
-        self.streamed = bool(self._lacking())
-        if self.streamed:
-            self._pixels.fill(self._batch_size)
+        if self._lacking():
+            self.stream()
         self.extract_seconds += time.perf_counter() - start
+
+    def stream(self) -> None:
+        """Computes features at every use from now on."""
+        self.streamed = True
+        self._source.fill(self._batch_size)
 
     def _lacking(self) -> list[int]:
         """Positions of images without a row in some layer, one per content."""
@@ -263,7 +372,7 @@ class FeatureSplit:
     def _what_fits(self, todo: Sequence[int]) -> tuple[tuple[str, ...], bool]:
         """The layers to extract (none if there is no room) and whether decoded images are kept as well."""
         everything = tuple(dict.fromkeys(self.layers + self._also_layers))
-        pixels = self._pixels.missing_bytes()
+        pixels = self._source.missing_bytes()
         for layers, keep_pixels in ((everything, True), (everything, False), (self.layers, False)):
             category = self.samples[0].category
             needed = {
@@ -293,11 +402,11 @@ class FeatureSplit:
             }
             # A batch is written while the next is encoded; what is complete is kept when a later image cannot be read.
             pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
-            batches = stack.enter_context(closing(self._pixels.batches(groups, keep_pixels)))
+            batches = stack.enter_context(closing(self._source.batches(groups, keep_pixels)))
             writing: Future[None] | None = None
-            for group, images in zip(groups, batches, strict=True):
+            for group, inputs in zip(groups, batches, strict=True):
                 with torch.inference_mode():
-                    levels = encoder.encode(images)
+                    levels = encoder.encode(inputs)
                     rows = [self._to_rows(level, layer, group) for layer, level in zip(layers, levels, strict=True)]
                 if writing is not None:
                     writing.result()
@@ -383,11 +492,10 @@ class FeatureSplit:
         if self._encoder is None:
             _reuse_memory()
             self._encoder = self._encoder_factory(self.layers)
-        with closing(self._pixels.batches(groups)) as batches:
-            for group, images in zip(groups, batches, strict=True):
-                parts = [self._encoder.encode(part) for part in images.split(self._num_together)]
+        with closing(self._source.batches(groups)) as batches:
+            for group, inputs in zip(groups, batches, strict=True):
                 levels = []
-                for layer, level in zip(self.layers, map(torch.cat, zip(*parts, strict=True)), strict=True):
+                for layer, level in zip(self.layers, self._encoder.encode(inputs), strict=True):
                     self._check_finite(level, layer, group)
                     levels.append(round_as_stored(level.detach(), self._dtype).to(self._device))
                 self.num_extracted += len(group)

@@ -15,10 +15,11 @@ from harness.checkpoints import StoredCheckpoints
 from harness.contracts import Cell, Context, Resources, RunSettings, Sample, SampleKey, Split, Trainable, derive_seed
 from harness.evaluate import evaluate
 from harness.feature_store import FeatureStore
-from harness.features import feature_keys, feature_split
+from harness.features import FeatureSplit, feature_keys, feature_split
 from harness.identity import content_id
 from harness.image_split import ImageSplit
 from harness.measure import Meter
+from harness.represented import RepresentedFeatures, load_representation_state
 from harness.resolve import CategoryData, ResolvedTrial, prediction_facts
 from harness.stages import Judge, seed_everything, train_stage
 from harness.store import Store, StoredPrediction
@@ -82,7 +83,10 @@ class FittedMethod:
             encode=None if backbone is None else self._encode,
             make_backbone=self._trainable if resolved.method.backbone_use == "trained" else None,
         )
+        self._represented = self._load_representation()
         samples = [sample for category in data.values() for sample in category.train]
+        if self._represented is not None:
+            samples = self._represented.fit_images(samples)
         train = self._shared_split(samples, "train")
         self._notify("fitting", 0, 1)
         with self._meter.timed("fit_seconds"):
@@ -148,7 +152,7 @@ class FittedMethod:
         shares = self._workers.collect(self._predict_share(samples[rank::size], meter) if rank < len(samples) else None)
         told = [share for share in shares if share is not None]
         scores = [scores for _, scores in told if scores is not None]
-        return _interleave([maps for maps, _ in told]), _interleave(scores) if scores else None
+        return interleave([maps for maps, _ in told]), interleave(scores) if scores else None
 
     def _predict_share(self, samples: Sequence[Sample], meter: Meter) -> tuple[np.ndarray, np.ndarray | None]:
         """The same for this worker's images."""
@@ -193,23 +197,41 @@ class FittedMethod:
                     on_progress=lambda done, total: self._notify(f"decoding {split} images", done, total),
                 )
         with meter.timed("extract_seconds"):
-            features = feature_split(
-                samples,
-                hashes,
-                dataset=trial.dataset.name,
-                split=split,
-                resolved=resolved.backbone,
-                layers=trial.layers,
-                also_layers=trial.also_layers,
-                preprocessing=resolved.preprocessing,
-                store=self._features,
-                encoder_factory=self._encoder_of,
-                batch_size=self._settings.batch_size,
-                device=self._device,
-                on_progress=lambda done, total: self._notify(f"extracting {split} features", done, total),
-            )
+            features = self._plain_split(samples, split)
         self._extracted += features.num_extracted
-        return features
+        if self._represented is None:
+            return features
+        with meter.timed("represent_seconds"):
+            return self._represented.split(
+                features, lambda done, total: self._notify(f"{trial.representation} of {split} features", done, total)
+            )
+
+    def _plain_split(self, samples: Sequence[Sample], split: str) -> FeatureSplit:
+        resolved, trial = self._resolved, self._resolved.trial
+        assert resolved.backbone is not None, "features come from a backbone"
+        return feature_split(
+            samples,
+            {path: digest for category in self._data.values() for path, digest in category.hashes.items()},
+            dataset=trial.dataset.name,
+            split=split,
+            resolved=resolved.backbone,
+            layers=trial.layers,
+            also_layers=trial.also_layers,
+            preprocessing=resolved.preprocessing,
+            store=self._features,
+            encoder_factory=self._encoder_of,
+            batch_size=self._settings.batch_size,
+            device=self._device,
+            on_progress=lambda done, total: self._notify(f"extracting {split} features", done, total),
+        )
+
+    def _load_representation(self) -> RepresentedFeatures | None:
+        trial = self._resolved.trial
+        if trial.trained is None:
+            return None
+        trained = load_representation_state(trial.trained, trial.layers, self._store).to(self._device)
+        self.curves[trial.trained.kind] = self._store.load_curve(trial.trained.artifact_id)
+        return RepresentedFeatures(trial.trained, trained, trial.dataset.name, self._data, self._plain_split)
 
     def _encoder_of(self, layers: tuple[str, ...]) -> FrozenBackbone:
         assert self._resolved.backbone is not None
@@ -221,7 +243,8 @@ class FittedMethod:
         # Built when a method first encodes an image itself: most read stored features and never need it.
         if self._encoder is None:
             self._encoder = self._encoder_of(self._resolved.trial.layers)
-        return self._encoder.encode(images)
+        levels = self._encoder.encode(images)
+        return levels if self._represented is None else self._represented.apply(levels)
 
     def _trainable(self) -> torch.nn.Module:
         assert self._resolved.backbone is not None
@@ -342,7 +365,7 @@ def draw_curve(values: Sequence[float], width: int = 16) -> str:
     return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in shown)
 
 
-def _interleave(shares: Sequence[np.ndarray]) -> np.ndarray:
+def interleave(shares: Sequence[np.ndarray]) -> np.ndarray:
     """Rows that were dealt out one by one, back in their order; nothing for no shares."""
     if not shares:
         return np.empty(0, np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from harness.contracts import AdgridError, Resources, Trial
+from harness.contracts import AdgridError, Job, Pretraining, Resources
 
 Amounts = Mapping[str, float]
 """Resource name to amount, as Ray has it: `CPU`, `GPU`, `memory` in bytes."""
@@ -22,7 +22,12 @@ def count_places(bundle: Amounts, nodes: Sequence[Amounts]) -> int:
     return sum(min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in bundle.items()) for node in nodes)
 
 
-def check_placement(trials: Sequence[Trial], nodes: Sequence[Amounts]) -> None:
+def job_name(job: Job) -> str:
+    """The method of a trial, or what a pretraining trains."""
+    return job.kind if isinstance(job, Pretraining) else job.method
+
+
+def check_placement(trials: Sequence[Job], nodes: Sequence[Amounts]) -> None:
     """Raises AdgridError if a trial could not be placed on the empty cluster: it would wait for ever."""
     for resources, trial in {trial.resources: trial for trial in trials}.items():
         bundle = worker_bundle(resources)
@@ -31,7 +36,7 @@ def check_placement(trials: Sequence[Trial], nodes: Sequence[Amounts]) -> None:
             if wanted > largest:
                 unit = 2.0**30 if name == "memory" else 1.0
                 raise AdgridError(
-                    f"resources.{_FIELDS[name]}: a worker of {trial.method!r} asks for {wanted / unit:g} {name}"
+                    f"resources.{_FIELDS[name]}: a worker of {job_name(trial)!r} asks for {wanted / unit:g} {name}"
                     f"{' GiB' if name == 'memory' else ''}, and the largest node has {largest / unit:g}; lower "
                     f"resources.{_FIELDS[name]} or add nodes"
                 )
@@ -41,12 +46,12 @@ def check_placement(trials: Sequence[Trial], nodes: Sequence[Amounts]) -> None:
             # Named is what would run out first if the nodes were one.
             scarce = min(bundle, key=lambda name: sum(node.get(name, 0.0) for node in nodes) / bundle[name])
             raise AdgridError(
-                f"resources.workers: {trial.method!r} needs {needed} workers of {bundle[scarce]:g} {scarce} each, "
+                f"resources.workers: {job_name(trial)!r} needs {needed} workers of {bundle[scarce]:g} {scarce} each, "
                 f"and the cluster has places for {places}; lower resources.workers or add nodes"
             )
 
 
-def max_in_flight(trials: Sequence[Trial], nodes: Sequence[Amounts]) -> int:
+def max_in_flight(trials: Sequence[Job], nodes: Sequence[Amounts]) -> int:
     """How many trials the nodes hold at once, their workers included.
 
     Trials of one process: if all were as small as the smallest, since Ray keeps the others waiting. Groups of workers:

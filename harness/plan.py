@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.auxiliary import LabelledCategory, read_labelled
 from harness.backbones import check_layers, choose_layers, level_shapes, resolve_backbone
-from harness.contracts import AdgridError, Dataset, Places, Resources, ResultRow, Trial
+from harness.contracts import AdgridError, Dataset, Places, Pretraining, Resources, ResultRow, Trial
 from harness.datasets.checks import Counts, compare_counts
 from harness.identity import content_id
+from harness.plan_representations import RepresentationPlanner
 from harness.registry import build_config, build_dataset, check_params, load_method, suggest
 from harness.resolve import CategoryData, identify_cells, read_category, resolve_trial
 from harness.space import BackboneEntry, DatasetEntry, GridPoint, Space, grid_points
@@ -24,7 +26,7 @@ class Missing:
     """Something a space names that is not on this machine."""
 
     kind: str
-    """`dataset` or `weights`."""
+    """`dataset`, `weights` or `checkpoint`."""
     name: str
     reason: str
     """Why, and how to get it."""
@@ -40,6 +42,8 @@ class Plan:
     run_id: str
     trials: tuple[Trial, ...]
     missing: tuple[Missing, ...]
+    pretrainings: tuple[Pretraining, ...] = ()
+    """Representations that are trained first, unless the store has them."""
     warnings: tuple[str, ...] = ()
     """Data that can be used but are not as published."""
 
@@ -86,19 +90,20 @@ def make_plan(
     points = grid_points(space)
     if not points:
         raise AdgridError(f"space {space.name!r}: `exclude` leaves nothing to run; remove a rule")
-    reader = _Reader(space, places, notify, download)
+    reader = _Reader(space, places, notify, download, random_weights)
     missing: dict[tuple[str, str], list[str]] = {}
     trials: dict[str, Trial] = {}
     for point in points:
-        lacks = reader.lacks(point, random_weights)
+        lacks = reader.lacks(point)
         for key, reason in lacks.items():
             missing.setdefault(key, []).append(reason)
         if not lacks:
-            trial = reader.trial(point, random_weights)
+            trial = reader.trial(point)
             known = trials.get(trial.trial_id)
             trials[trial.trial_id] = trial if known is None else _join(known, trial)
     if not missing:
         reader.check_categories()
+    reader.check_selection()
     return Plan(
         space=space,
         run_id=f"{space.name}-{content_id([space.model_dump(mode='json'), random_weights], 8)}",
@@ -107,6 +112,7 @@ def make_plan(
             Missing(kind=kind, name=name, reason=reasons[0], num_trials=len(reasons))
             for (kind, name), reasons in missing.items()
         ),
+        pretrainings=tuple(reader.representations.pretrainings.values()),
         warnings=tuple(reader.warnings),
     )
 
@@ -114,11 +120,14 @@ def make_plan(
 class _Reader:
     """Looks at each dataset, category and backbone once, however many trials share it."""
 
-    def __init__(self, space: Space, places: Places, notify: OnProgress, download: bool) -> None:
+    def __init__(self, space: Space, places: Places, notify: OnProgress, download: bool, random_weights: bool) -> None:
         self._space, self._places, self._notify, self._download = space, places, notify, download
+        self._random = random_weights
+        self._labelled: dict[tuple[int, str], LabelledCategory] = {}
+        self.representations = RepresentationPlanner(space, places, self._dataset, self._read_labelled)
         self._datasets: dict[str, Dataset | str] = {}
         self._weights: dict[tuple[str, str], str | None] = {}
-        self._data: dict[tuple[str, str, int | None, int], CategoryData] = {}
+        self._data: dict[tuple[object, ...], CategoryData] = {}
         self._seen: set[str] = set()
         self.warnings: dict[str, None] = {}
 
@@ -128,7 +137,14 @@ class _Reader:
             if name not in self._seen:
                 raise AdgridError(f"categories: no dataset of the space has {name!r}{suggest(name, self._seen)}")
 
-    def lacks(self, point: GridPoint, random_weights: bool) -> dict[tuple[str, str], str]:
+    def check_selection(self) -> None:
+        """Raises AdgridError if a representation would be picked on images that the space reports on."""
+        reported: dict[tuple[str, str], frozenset[str]] = {}
+        for (entry, category, *_), data in self._data.items():
+            reported[str(entry), str(category)] = frozenset(data.hashes[sample.path] for sample in data.test)
+        self.representations.check_selection(reported)
+
+    def lacks(self, point: GridPoint) -> dict[tuple[str, str], str]:
         """What is not here for this point: (kind, name) -> reason."""
         lacks = {}
         dataset = self._dataset(point.dataset)
@@ -140,10 +156,11 @@ class _Reader:
                     self._category(dataset, category, point)
                 except AdgridError as error:
                     lacks["dataset", point.dataset.name] = str(error)
-        if point.backbone is not None and not random_weights:
-            reason = self._weights_reason(point.backbone)
+        if point.backbone is not None:
+            reason = None if self._random else self._weights_reason(point.backbone)
             if reason:
                 lacks["weights", point.backbone.name] = reason
+            lacks |= self.representations.lacks(point.representation, point.backbone)
         return lacks
 
     def _dataset(self, entry: DatasetEntry) -> Dataset | str:
@@ -168,19 +185,20 @@ class _Reader:
                 self._weights[key] = str(error)
         return self._weights[key]
 
-    def trial(self, point: GridPoint, random_weights: bool) -> Trial:
+    def trial(self, point: GridPoint) -> Trial:
         """The trial of a point, with the ids of its cells."""
         dataset = self._dataset(point.dataset)
         assert not isinstance(dataset, str)
         method = load_method(point.method.name)
         layers: tuple[str, ...] = ()
-        weights = "auto"
+        weights, trained = "auto", None
         if point.backbone is not None:
-            weights = "random" if random_weights else _absolute(point.backbone.weights)
+            weights = "random" if self._random else _absolute(point.backbone.weights)
             backbone = resolve_backbone(point.backbone.name, weights, self._places.cache_dir)
             named = point.method.layers or point.backbone.layers
             layers = check_layers(backbone, named) if named else choose_layers(backbone, method.levels)
             level_shapes(backbone, layers, self._space.protocol.image_size)  # refuses a size that does not fit
+            trained = self.representations.resolve(point.representation, point.backbone, layers, weights)
         where = f"methods.{point.method.name}.params"
         params = check_params(point.method.name, point.params, where)
         try:
@@ -195,7 +213,8 @@ class _Reader:
             backbone=point.backbone.name if point.backbone else None,
             layers=layers,
             weights=weights,
-            representation=point.representation,
+            representation=point.representation.name,
+            trained=trained,
             dataset=dataclasses.replace(ref, root=None if ref.root is None else _absolute(ref.root)),
             categories=self._categories(point.dataset, dataset),
             shots=point.shots,
@@ -206,10 +225,16 @@ class _Reader:
         )
         resolved = resolve_trial(trial, dataset, self._places.cache_dir)
         data = {name: self._category(dataset, name, point) for name in trial.categories}
+        if trained is not None:
+            _check_encoding(trial)
+            tests = (one.hashes[sample.path] for one in data.values() for sample in one.test)
+            stamps = (*trained.stamps, *self.representations.stamps(trained, tests))
+            trial = dataclasses.replace(trial, trained=dataclasses.replace(trained, stamps=stamps))
         identity = [
             getattr(trial, field)
             for field in ("method", "params", "backbone", "layers", "representation", "shots", "seed", "protocol")
         ]
+        identity += [] if trained is None else [trained]
         return dataclasses.replace(
             trial,
             trial_id=content_id([*identity, resolved.weights_id, trial.dataset.name]),
@@ -239,14 +264,25 @@ class _Reader:
         return kept
 
     def _category(self, dataset: Dataset, name: str, point: GridPoint) -> CategoryData:
-        key = (repr(point.dataset), name, point.shots, point.seed if point.shots is not None else 0)
+        reference = point.representation.reference.resolved() if point.backbone is not None else None
+        given = reference.path if reference is not None else None
+        key = (repr(point.dataset), name, point.shots, point.seed if point.shots is not None else 0, given)
         if key not in self._data:
             self._notify(f"hashing {dataset.name}/{name}", len(self._data), 0)
-            self._data[key] = read_category(dataset, name, point.shots, point.seed, self._places.cache_dir)
+            self._data[key] = read_category(
+                dataset, name, point.shots, point.seed, self._places.cache_dir, reference if given else None
+            )
             published: Mapping[str, Counts] = getattr(dataset, "published_counts", dict)()
             for problem in compare_counts(dataset.category(name), published.get(name)):
                 self._warn(point.dataset, f"category {name!r}, {problem.what}")
         return self._data[key]
+
+    def _read_labelled(self, dataset: Dataset, name: str) -> LabelledCategory:
+        key = (id(dataset), name)
+        if key not in self._labelled:
+            self._notify(f"hashing {dataset.name}/{name}", len(self._labelled), 0)
+            self._labelled[key] = read_labelled(dataset, name, self._places.cache_dir)
+        return self._labelled[key]
 
     def _warn(self, entry: DatasetEntry, what: str) -> None:
         check = f"adgrid datasets check {entry.name}" + (f" --layout {entry.layout}" if entry.layout else "")
@@ -268,6 +304,21 @@ def _join(trial: Trial, twin: Trial) -> Trial:
     cells = {cell.category: cell for cell in (*trial.cells, *twin.cells)}
     categories = tuple(sorted(cells))
     return dataclasses.replace(trial, categories=categories, cells=tuple(cells[name] for name in categories))
+
+
+def _check_encoding(trial: Trial) -> None:
+    """A method for several categories at once that encodes images itself cannot know whose references to use."""
+    method = load_method(trial.method)
+    if method.backbone_use == "trained":
+        raise AdgridError(
+            f"method {trial.method!r} changes the backbone itself, and the representation {trial.representation!r} is "
+            f"trained for the frozen one; name the method's `representations: [plain]`"
+        )
+    if method.scope == "dataset" and method.inputs(build_config(method, trial.params)) == "images":
+        raise AdgridError(
+            f"method {trial.method!r} encodes images of several categories itself, for which the representation "
+            f"{trial.representation!r} has references of their own; name the method's `representations: [plain]`"
+        )
 
 
 def _resources_of(method: Any, resources: Resources) -> Resources:

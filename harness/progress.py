@@ -12,11 +12,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from harness.contracts import ResultRow, Trial
+from harness.contracts import Job, Pretraining, ResultRow, Trial
 
 
-def describe(trial: Trial) -> str:
+def describe(trial: Job) -> str:
     """`patchcore · tf_efficientnet_lite0 · elpv`, with shots and seed where they are not the default."""
+    if isinstance(trial, Pretraining):
+        return " · ".join([trial.kind, trial.backbone, *(choice.dataset.name for choice in trial.data)])
     parts = [trial.method, trial.backbone or "no backbone", trial.dataset.name]
     if trial.representation != "plain":
         parts.insert(2, trial.representation)
@@ -37,17 +39,17 @@ def describe_seconds(seconds: float) -> str:
 class Listener:
     """Told what happens while trials run, in the driver's own thread; subclasses override what they care for."""
 
-    def started(self, trial: Trial) -> None:
-        """A trial got its worker."""
+    def started(self, trial: Job) -> None:
+        """A trial or a pretraining got its worker."""
 
-    def noted(self, trial: Trial, category: str, stage: str, done: int, total: int) -> None:
-        """Progress inside a cell."""
+    def noted(self, trial: Job, category: str, stage: str, done: int, total: int) -> None:
+        """Progress inside a cell or a pretraining."""
 
     def finished(self, trial: Trial, row: ResultRow) -> None:
         """A row was saved."""
 
-    def ended(self, trial: Trial) -> None:
-        """A trial has no more cells to run."""
+    def ended(self, trial: Job) -> None:
+        """A trial has no more cells to run, or a pretraining has ended."""
 
 
 class ProgressBoard(Listener):
@@ -58,7 +60,7 @@ class ProgressBoard(Listener):
         self._console = console
         self._num_cells, self._num_kept, self._num_trials = num_cells, num_done, num_trials
         self._counts: Counter[str] = Counter()
-        self._running: dict[str, tuple[Trial, str]] = {}
+        self._running: dict[str, tuple[Job, str]] = {}
         self._ended: set[str] = set()
         self._start = time.monotonic()
         self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=4, transient=True)
@@ -73,10 +75,10 @@ class ProgressBoard(Listener):
     ) -> None:
         self._live.stop()
 
-    def started(self, trial: Trial) -> None:
+    def started(self, trial: Job) -> None:
         self._running[trial.trial_id] = (trial, "starting")
 
-    def noted(self, trial: Trial, category: str, stage: str, done: int, total: int) -> None:
+    def noted(self, trial: Job, category: str, stage: str, done: int, total: int) -> None:
         share = f" {done}/{total}" if total > 1 else ""
         self._running[trial.trial_id] = (trial, f"{category}: {stage}{share}")
 
@@ -94,7 +96,7 @@ class ProgressBoard(Listener):
         count = Text(f"[{self._num_kept + self._counts.total()}/{self._num_cells}] ", style="dim")
         self._console.print(count + text, soft_wrap=True, highlight=False)
 
-    def ended(self, trial: Trial) -> None:
+    def ended(self, trial: Job) -> None:
         self._running.pop(trial.trial_id, None)
         self._ended.add(trial.trial_id)
 

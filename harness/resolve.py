@@ -7,9 +7,10 @@ planned gets other ids, and its cell fails with that reason instead of giving a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harness.auxiliary import LabelledCategory
 from harness.backbones import ResolvedBackbone, backbone_fingerprint, resolve_backbone
 from harness.contracts import (
     AdgridError,
@@ -19,14 +20,17 @@ from harness.contracts import (
     EvaluationProtocol,
     Places,
     Preprocessing,
+    Pretraining,
+    ReferenceChoice,
     Sample,
     Trial,
 )
+from harness.datasets.files import list_folder, resolve_path
 from harness.datasets.fingerprint import content_hashes, draw_shots
 from harness.feature_store import FEATURES_VERSION
 from harness.identity import content_id, images_fingerprint, truth_fingerprint
 from harness.metrics import METRIC_VERSION
-from harness.registry import build_config, build_dataset, load_method, method_version
+from harness.registry import build_config, build_dataset, load_method, method_version, representation_version
 
 PAPER_IMAGE_SIDE = 224
 """Pixels at which the methods' smoothing sigmas are given."""
@@ -42,6 +46,8 @@ class CategoryData:
     has_masks: bool
     hashes: Mapping[str, str]
     """Absolute path -> SHA-256 of the file, masks included."""
+    references: tuple[Sample, ...] = ()
+    """Given images that features are compared with."""
     images_id: str
     truth_id: str
 
@@ -71,8 +77,15 @@ def open_dataset(ref: DatasetRef, places: Places) -> Dataset:
     return dataset
 
 
-def read_category(dataset: Dataset, category: str, shots: int | None, seed: int, cache_dir: str) -> CategoryData:
-    """Lists a category, draws its shots and hashes every file that a cell would read."""
+def read_category(
+    dataset: Dataset,
+    category: str,
+    shots: int | None,
+    seed: int,
+    cache_dir: str,
+    reference: ReferenceChoice | None = None,
+) -> CategoryData:
+    """Lists a category, draws its shots, finds given references and hashes every file that a cell would read."""
     listing = dataset.category(category)
     if not listing.test:
         raise AdgridError(
@@ -80,7 +93,8 @@ def read_category(dataset: Dataset, category: str, shots: int | None, seed: int,
             f"variant of the dataset, or leave it out"
         )
     train = draw_shots(dataset.name, listing, shots, seed)
-    files = [sample.path for sample in (*train, *listing.test)]
+    references = () if reference is None else list_given_references(dataset.name, category, reference)
+    files = [sample.path for sample in (*train, *listing.test, *references)]
     files += [sample.mask_path for sample in listing.test if sample.mask_path]
     hashes = content_hashes(files, cache_dir)
     return CategoryData(
@@ -89,8 +103,39 @@ def read_category(dataset: Dataset, category: str, shots: int | None, seed: int,
         test=listing.test,
         has_masks=listing.has_masks,
         hashes=hashes,
-        images_id=images_fingerprint((*train, *listing.test), hashes),
+        references=references,
+        images_id=images_fingerprint((*train, *listing.test, *references), hashes),
         truth_id=truth_fingerprint(listing.test, hashes, listing.has_masks),
+    )
+
+
+def list_given_references(dataset: str, category: str, choice: ReferenceChoice) -> tuple[Sample, ...]:
+    """The images in the folder that a space gives for a category; none where references are drawn.
+
+    Raises:
+        AdgridError: the folder holds no image of the category.
+    """
+    if choice.mode != "files":
+        return ()
+    assert choice.path is not None, "a space that gives references names their folder"
+    folders = [f"{resolve_path(choice.path)}/{inner}{category}/train/good" for inner in (f"{dataset}/", "")]
+    for folder in folders:
+        names = [entry.name for entry in list_folder(folder) if entry.is_image]
+        if names:
+            return tuple(
+                Sample(
+                    path=f"{folder}/{name}",
+                    category=category,
+                    sample_id=f"reference/{name}",
+                    split="train",
+                    label=0,
+                    defect_type="good",
+                )
+                for name in names
+            )
+    raise AdgridError(
+        f"reference.path: no images of category {category!r} of dataset {dataset!r} in {' or '.join(folders)}; "
+        f"put them there"
     )
 
 
@@ -133,6 +178,32 @@ def resolve_protocol(
     )
 
 
+def pretraining_id(
+    pretraining: Pretraining,
+    backbone: ResolvedBackbone,
+    data: Sequence[LabelledCategory],
+    select_on: Sequence[LabelledCategory],
+) -> str:
+    """Id of the artifact that a pretraining becomes, whatever the number of workers."""
+    facts: list[Any] = [
+        "pretraining",
+        pretraining.kind,
+        representation_version(pretraining.kind),
+        pretraining.params,
+        backbone_fingerprint(backbone),
+        pretraining.layers,
+        resolve_preprocessing(pretraining.protocol, backbone),
+        FEATURES_VERSION,
+        [one.fingerprint for one in data],
+        pretraining.seed,
+        pretraining.precision,
+        pretraining.pool,
+    ]
+    if select_on:
+        facts.append([[one.fingerprint for one in select_on], dataclasses.asdict(pretraining.reference)])
+    return content_id(facts)
+
+
 def identify_cells(resolved: ResolvedTrial, data: Mapping[str, CategoryData]) -> tuple[Cell, ...]:
     """The ids of a trial's cells.
 
@@ -155,6 +226,16 @@ def identify_cells(resolved: ResolvedTrial, data: Mapping[str, CategoryData]) ->
     return tuple(cells)
 
 
+def _representation_facts(trial: Trial) -> Any:
+    """What the features that a method reads depend on besides the backbone's; never how the space calls it."""
+    trained = trial.trained
+    if trained is None:
+        return trial.representation
+    choice = dataclasses.asdict(trained.reference) | {"path": None}  # contents count, not their place
+    version = representation_version(trained.kind)
+    return [trained.kind, version, trained.params, trained.artifact_id, trained.layers, choice]
+
+
 def prediction_facts(resolved: ResolvedTrial, params: Mapping[str, Any]) -> dict[str, Any]:
     """What raw predictions depend on besides the images: method, configuration, backbone, preprocessing, draws.
 
@@ -170,7 +251,7 @@ def prediction_facts(resolved: ResolvedTrial, params: Mapping[str, Any]) -> dict
         "backbone": trial.backbone,
         "weights": resolved.weights_id,
         "layers": trial.layers,
-        "representation": trial.representation,
+        "representation": _representation_facts(trial),
         "preprocessing": resolved.preprocessing,
         "features_version": FEATURES_VERSION,
         "dataset": trial.dataset.name,

@@ -40,12 +40,14 @@ def finished_row(
         stamps.append("random weights")
     if rescored:
         stamps.append("rescored")
+    if resolved.trial.trained is not None:
+        stamps += resolved.trial.trained.stamps
     if resolved.protocol.selection == "test_best":
         stamps.append("state picked on test data")
     protocol = _plain(resolved.protocol)
     if facts.get("own_image_score") and resolved.trial.protocol.score_reduction == "method":
         protocol["score_reduction"] = "the method's own"
-    row = _row(resolved.trial, cell, "ok", settings)
+    row, trained = _row(resolved.trial, cell, "ok", settings), resolved.trial.trained
     return dataclasses.replace(
         row,
         resolved_protocol=protocol,
@@ -60,6 +62,7 @@ def finished_row(
             "method_version": str(method_version(resolved.trial.method)),
             "metric_version": str(METRIC_VERSION),
             "weights_fingerprint": resolved.weights_id,
+            **({"representation_artifact": trained.artifact_id} if trained is not None else {}),
             "images_fingerprint": data.images_id,
             "truth_fingerprint": data.truth_id,
         },

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from harness.contracts import AdgridError, ResultRow, RunSettings, Trial
+from harness.contracts import AdgridError, Job, Pretraining, ResultRow, RunSettings, Trial
 from harness.identity import canonical_json
 from harness.options import RunOptions
 from harness.placement import check_placement
@@ -106,7 +106,13 @@ def execute(space_path: str, options: RunOptions, console: Console, command: str
     computed: list[ResultRow] = []
     if open_trials:
         done = sum(row.status == "ok" for row in known.values())
-        computed = _run_open_trials(open_trials, settings, options, console, len(plan.cell_ids), done, tracker)
+        needed = {trial.trained.artifact_id for trial in open_trials if trial.trained is not None}
+        pretrainings = [
+            one for one in plan.pretrainings if one.trial_id in needed and not store.has_state(one.trial_id)
+        ]
+        computed = _run_open_trials(
+            open_trials, pretrainings, settings, options, console, len(plan.cell_ids), done, tracker
+        )
     store.fold_rows()
     rows = store.load_rows(plan.cell_ids)
     ordered = tuple(rows[cell_id] for cell_id in plan.cell_ids if cell_id in rows)
@@ -126,6 +132,7 @@ def execute(space_path: str, options: RunOptions, console: Console, command: str
 
 def _run_open_trials(
     trials: Sequence[Trial],
+    pretrainings: Sequence[Pretraining],
     settings: RunSettings,
     options: RunOptions,
     console: Console,
@@ -140,9 +147,10 @@ def _run_open_trials(
         with console.status("starting Ray"):
             stack.enter_context(connect(options.address, options.num_cpus))
         nodes = list_nodes()
-        check_placement(trials, nodes)
-        board = stack.enter_context(ProgressBoard(console, num_cells, num_done, len(trials)))
-        return run_trials(trials, settings, [board, tracker], nodes if options.address is None else None)
+        check_placement([*pretrainings, *trials], nodes)
+        board = stack.enter_context(ProgressBoard(console, num_cells, num_done, len(trials) + len(pretrainings)))
+        known = nodes if options.address is None else None
+        return run_trials(trials, settings, [board, tracker], known, pretrainings)
 
 
 def remake_report(
@@ -197,7 +205,9 @@ class _Tracker(Listener):
     def finished(self, trial: Trial, row: ResultRow) -> None:
         self._rows[row.cell_id] = row
 
-    def ended(self, trial: Trial) -> None:
+    def ended(self, trial: Job) -> None:
+        if isinstance(trial, Pretraining):
+            return
         rows = [self._rows[cell.cell_id] for cell in trial.cells if cell.cell_id in self._rows]
         self._sync(rows, [], finished=False)
 

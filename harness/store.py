@@ -222,6 +222,22 @@ class Store:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         self.publish(f"artifacts/{artifact_id}.safetensors", save(tensors))
 
+    def has_state(self, artifact_id: str) -> bool:
+        """Whether an artifact is there."""
+        return self.exists(f"artifacts/{artifact_id}.safetensors")
+
+    def publish_failure(self, artifact_id: str, invocation: str, reason: str) -> None:
+        """Notes why an artifact could not be made, and in which start of the program."""
+        self.publish(f"artifacts/{artifact_id}.failed.json", json.dumps([invocation, reason]).encode())
+
+    def load_failure(self, artifact_id: str) -> tuple[str, str] | None:
+        """(invocation, reason) of the last `publish_failure`, or None."""
+        try:
+            invocation, reason = json.loads(self.read(f"artifacts/{artifact_id}.failed.json"))
+        except FileNotFoundError:
+            return None
+        return invocation, reason
+
     def load_state(self, artifact_id: str) -> dict[str, Tensor] | None:
         """The tensors of an artifact, or None."""
         from safetensors.torch import load

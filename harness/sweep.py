@@ -17,12 +17,12 @@ from typing import Any
 import ray
 from ray import tune
 
-from harness.contracts import AdgridError, Resources, ResultRow, RunSettings, Trial
+from harness.contracts import AdgridError, Job, Pretraining, Resources, ResultRow, RunSettings, Trial
 from harness.placement import Amounts, max_in_flight, worker_bundle
 from harness.progress import Listener
 from harness.rows import unfinished_row
 from harness.store import Store
-from harness.trial import MAX_ATTEMPTS, is_of_this_start, run_trial
+from harness.trial import find_open_cells, is_of_this_start, most_failures, run_job
 
 NOTE_SECONDS = 1.0
 """Least time between two notes of progress from one trial."""
@@ -72,8 +72,11 @@ def run_trials(
     settings: RunSettings,
     listeners: Sequence[Listener],
     nodes: Sequence[Amounts] | None = None,
+    pretrainings: Sequence[Pretraining] = (),
 ) -> list[ResultRow]:
     """Runs trials through Ray Tune and returns the rows of this start, one per cell that was not finished before.
+
+    Pretrainings come first; the cells of trials that need one that failed become rows of status `skipped`.
 
     A trial whose worker is killed is started again and goes on with what is missing; a cell whose worker dies every
     time becomes a failed row. Trials of one process run first, then those of several workers, so that neither kind
@@ -85,18 +88,17 @@ def run_trials(
         listeners: told what happens.
         nodes: what each node has, for the number of trials at once; None leaves single processes to Tune, whose waiting
             trials are what an autoscaler goes by.
+        pretrainings: representations that trials need and the store has not.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer output prints its settings even when told to be silent
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C reaches the caller; every finished row is saved already
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     store = Store(settings.root)
-    rows: dict[str, ResultRow] = {}
-    for grouped in (False, True):
-        alike = [trial for trial in trials if (trial.resources.workers > 1) == grouped]
-        if alike:
-            known = list_nodes() if grouped and nodes is None else nodes
-            rows |= _run_alike(alike, settings, listeners, store, max_in_flight(alike, known) if known else 0)
+    _run_phase(pretrainings, settings, listeners, nodes, store)
+    rows = _skip_without_artifact(trials, pretrainings, settings, listeners, store)
+    ready = [trial for trial in trials if not any(cell.cell_id in rows for cell in trial.cells)]
+    rows |= _run_phase(ready, settings, listeners, nodes, store)
     store.forget_attempts(settings.invocation)
     saved = store.load_rows(rows)
     for cell_id, row in rows.items():
@@ -105,8 +107,53 @@ def run_trials(
     return list(rows.values())
 
 
+def _run_phase(
+    jobs: Sequence[Job],
+    settings: RunSettings,
+    listeners: Sequence[Listener],
+    nodes: Sequence[Amounts] | None,
+    store: Store,
+) -> dict[str, ResultRow]:
+    """Rows by cell id of jobs that need none of each other: single processes first, then groups of workers."""
+    rows: dict[str, ResultRow] = {}
+    for grouped in (False, True):
+        alike = [job for job in jobs if (job.resources.workers > 1) == grouped]
+        if alike:
+            known = list_nodes() if grouped and nodes is None else nodes
+            rows |= _run_alike(alike, settings, listeners, store, max_in_flight(alike, known) if known else 0)
+    return rows
+
+
+def _skip_without_artifact(
+    trials: Sequence[Trial],
+    pretrainings: Sequence[Pretraining],
+    settings: RunSettings,
+    listeners: Sequence[Listener],
+    store: Store,
+) -> dict[str, ResultRow]:
+    """Rows of status `skipped` for the open cells of trials whose representation could not be trained."""
+    reasons = {}
+    for pretraining in pretrainings:
+        if not store.has_state(pretraining.trial_id):
+            failure = store.load_failure(pretraining.trial_id)
+            told = failure is not None and failure[0] == settings.invocation
+            reasons[pretraining.trial_id] = failure[1] if failure and told else "its workers were lost"
+    rows = {}
+    for trial in trials:
+        reason = None if trial.trained is None else reasons.get(trial.trained.artifact_id)
+        if reason is None:
+            continue
+        for cell in find_open_cells(trial, store, settings):
+            text = f"representation {trial.representation!r} could not be trained: {reason}"
+            row = rows[cell.cell_id] = unfinished_row(trial, cell, "skipped", text, settings)
+            store.publish_row(row)
+            for listener in listeners:
+                listener.finished(trial, row)
+    return rows
+
+
 def _run_alike(
-    trials: Sequence[Trial], settings: RunSettings, listeners: Sequence[Listener], store: Store, in_flight: int
+    trials: Sequence[Job], settings: RunSettings, listeners: Sequence[Listener], store: Store, in_flight: int
 ) -> dict[str, ResultRow]:
     """Rows by cell id of trials that are all single processes or all groups of workers."""
     relay = _Relay(trials, listeners)
@@ -127,9 +174,7 @@ def _run_alike(
                 storage_path=folder,
                 verbose=0,
                 callbacks=[relay],
-                failure_config=tune.FailureConfig(
-                    max_failures=MAX_ATTEMPTS * max(len(trial.cells) for trial in trials)
-                ),
+                failure_config=tune.FailureConfig(max_failures=max(map(most_failures, trials))),
             ),
         )
         results = tuner.fit()
@@ -140,6 +185,7 @@ def _run_alike(
         lost = [cell for cell in trial.cells if cell.cell_id not in relay.rows[trial.trial_id]]
         saved = store.load_rows(cell.cell_id for cell in lost)
         for cell in lost:
+            assert isinstance(trial, Trial), "a pretraining has no cells"
             row = saved.get(cell.cell_id)
             if row is not None and is_of_this_start(row, settings):
                 relay.finished(trial, row)  # its worker saved it and was lost before it could tell
@@ -160,7 +206,7 @@ def _bundle(resources: Resources) -> dict[str, float]:
     return worker_bundle(resources) if resources.workers == 1 else {"CPU": 0, "node:__internal_head__": 0.001}
 
 
-def _run_in_worker(config: dict[str, Any], trials: list[Trial], settings: RunSettings) -> None:
+def _run_in_worker(config: dict[str, Any], trials: list[Job], settings: RunSettings) -> None:
     """What a Tune worker executes: one trial, a report per row and now and then one of progress."""
     trial = trials[config["trial"]]
     if trial.resources.workers > 1:
@@ -173,7 +219,7 @@ def _run_in_worker(config: dict[str, Any], trials: list[Trial], settings: RunSet
     tune.report({"ended": True})
 
 
-def _run_here(trial: Trial, settings: RunSettings) -> None:
+def _run_here(trial: Job, settings: RunSettings) -> None:
     import torch
 
     # Ray sets OMP_NUM_THREADS, but torch has read it long before a reused worker gets its next trial.
@@ -186,14 +232,14 @@ def _run_here(trial: Trial, settings: RunSettings) -> None:
             last = time.monotonic()
             tune.report({"note": [category, stage, done, total]})
 
-    for row in run_trial(trial, settings, notify):
+    for row in run_job(trial, settings, notify):
         tune.report({"row": dataclasses.asdict(row)})
 
 
 class _Relay(tune.Callback):
     """Hands what Tune hears to the listeners, as our own types."""
 
-    def __init__(self, trials: Sequence[Trial], listeners: Sequence[Listener]) -> None:
+    def __init__(self, trials: Sequence[Job], listeners: Sequence[Listener]) -> None:
         self._trials, self._listeners = trials, listeners
         self.rows: dict[str, dict[str, ResultRow]] = {trial.trial_id: {} for trial in trials}
 
@@ -214,7 +260,9 @@ class _Relay(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if "row" in result:
-            self.finished(self._ours(trial), ResultRow(**result["row"]))
+            ours = self._ours(trial)
+            assert isinstance(ours, Trial), "a pretraining has no rows"
+            self.finished(ours, ResultRow(**result["row"]))
         elif "note" in result:
             for listener in self._listeners:
                 listener.noted(self._ours(trial), *result["note"])
@@ -225,5 +273,5 @@ class _Relay(tune.Callback):
 
     on_trial_error = on_trial_complete
 
-    def _ours(self, trial: Any) -> Trial:
+    def _ours(self, trial: Any) -> Job:
         return self._trials[trial.config["trial"]]

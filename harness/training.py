@@ -1,6 +1,6 @@
 """The home of Ray Train: starts the workers that run one trial together, and starts them again when one is lost.
 
-Each worker executes `harness.trial.run_trial` as a process alone does. Rows and checkpoints go to the run storage by
+Each worker executes `harness.trial.run_job` as a process alone does. Rows and checkpoints go to the run storage by
 their own hands, so a group that is started again reads there what is left to do, and Ray carries messages alone.
 """
 
@@ -24,10 +24,10 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from harness.contracts import Resources, RunSettings, Trial
+from harness.contracts import Job, Resources, RunSettings
 from harness.placement import worker_bundle
 from harness.store import Store
-from harness.trial import MAX_ATTEMPTS, run_trial
+from harness.trial import most_failures, run_job
 from harness.workers import Workers
 
 _train: Any = ray.train
@@ -40,8 +40,8 @@ NOTE_SECONDS = 1.0
 """Least time between two notes of progress from one trial."""
 
 
-def run_with_workers(trial: Trial, settings: RunSettings) -> Iterator[dict[str, Any]]:
-    """Runs a trial in a group of Ray Train workers, from a process that does nothing else.
+def run_with_workers(trial: Job, settings: RunSettings) -> Iterator[dict[str, Any]]:
+    """Runs a trial or a pretraining in a group of Ray Train workers, from a process that does nothing else.
 
     A lost worker or node, and an error that only some of the workers met, ends the group; it starts again, with fewer
     workers if the trial allows it, and goes on from the rows and checkpoints in the storage.
@@ -71,7 +71,7 @@ def run_with_workers(trial: Trial, settings: RunSettings) -> Iterator[dict[str, 
             name=name,
             storage_path=f"{settings.root}/ray_train",
             failure_config=_train.FailureConfig(
-                max_failures=MAX_ATTEMPTS * len(trial.cells), controller_failure_limit=MAX_UNPLACED
+                max_failures=most_failures(trial), controller_failure_limit=MAX_UNPLACED
             ),
             logging_config=_train.LoggingConfig(log_level="ERROR"),
         ),
@@ -129,5 +129,5 @@ def _work(config: dict[str, Any]) -> None:
             last = time.monotonic()
             tell({"note": [category, stage, done, total]})
 
-    for row in run_trial(trial, settings, notify, workers):
+    for row in run_job(trial, settings, notify, workers):
         tell({"row": dataclasses.asdict(row)})

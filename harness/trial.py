@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from harness.contracts import Cell, ResultRow, RunSettings, Trial
+from harness.contracts import Cell, Job, Pretraining, ResultRow, RunSettings, Trial
 from harness.evaluate import evaluate
 from harness.fitting import FittedMethod, Notify, is_being_extracted
+from harness.pretraining import MAX_FAILURES, run_pretraining
 from harness.resolve import CategoryData, ResolvedTrial, identify_cells, open_dataset, read_category, resolve_trial
 from harness.rows import finished_row, unfinished_row
 from harness.sheets import publish_sheet
@@ -31,6 +32,21 @@ class WorkerDied(RuntimeError):
 
 class PlanOutdated(RuntimeError):
     """Images, masks or weights on this node are not the ones that were planned."""
+
+
+def run_job(
+    job: Job, settings: RunSettings, notify: Notify = lambda *_: None, workers: Workers = ALONE
+) -> Iterator[ResultRow]:
+    """Runs a trial, or a pretraining, which has no rows; see `run_trial` and `run_pretraining`."""
+    if isinstance(job, Pretraining):
+        run_pretraining(job, settings, notify, workers)
+    else:
+        yield from run_trial(job, settings, notify, workers)
+
+
+def most_failures(job: Job) -> int:
+    """How often the process of a job, or one of its workers, may be lost before it counts as failed."""
+    return MAX_FAILURES if isinstance(job, Pretraining) else MAX_ATTEMPTS * len(job.cells)
 
 
 def run_trial(

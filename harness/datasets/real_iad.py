@@ -341,7 +341,7 @@ def _walk_folders(category: str, folder: str) -> Scan:
                 view=named[2],
                 split="train",
                 label=0 if mask is None else 1,
-                defect_type="good" if mask is None else place.split("/")[-2],
+                defect_type="good" if place.split("/")[-2] == "OK" else place.split("/")[-2],
                 mask_path=None if mask is None else f"{place}/{mask}",
             )
             samples.append(sample)
