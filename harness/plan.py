@@ -128,6 +128,8 @@ class _Reader:
         self._datasets: dict[str, Dataset | str] = {}
         self._weights: dict[tuple[str, str], str | None] = {}
         self._data: dict[tuple[object, ...], CategoryData] = {}
+        self._tested: dict[tuple[str, str], frozenset[str]] = {}
+        """Hashes of the test images by (dataset, category)."""
         self._seen: set[str] = set()
         self.warnings: dict[str, None] = {}
 
@@ -139,10 +141,7 @@ class _Reader:
 
     def check_selection(self) -> None:
         """Raises AdgridError if a representation would be picked on images that the space reports on."""
-        reported: dict[tuple[str, str], frozenset[str]] = {}
-        for (entry, category, *_), data in self._data.items():
-            reported[str(entry), str(category)] = frozenset(data.hashes[sample.path] for sample in data.test)
-        self.representations.check_selection(reported)
+        self.representations.check_selection(self._tested)
 
     def lacks(self, point: GridPoint) -> dict[tuple[str, str], str]:
         """What is not here for this point: (kind, name) -> reason."""
@@ -272,6 +271,8 @@ class _Reader:
             self._data[key] = read_category(
                 dataset, name, point.shots, point.seed, self._places.cache_dir, reference if given else None
             )
+            data = self._data[key]
+            self._tested[dataset.name, name] = frozenset(data.hashes[sample.path] for sample in data.test)
             published: Mapping[str, Counts] = getattr(dataset, "published_counts", dict)()
             for problem in compare_counts(dataset.category(name), published.get(name)):
                 self._warn(point.dataset, f"category {name!r}, {problem.what}")

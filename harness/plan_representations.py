@@ -17,7 +17,6 @@ from harness.contracts import (
     Places,
     Pretraining,
     RepresentationRef,
-    Resources,
 )
 from harness.datasets.fingerprint import content_hashes
 from harness.registry import check_representation_params, load_representation, suggest
@@ -54,10 +53,11 @@ class RepresentationPlanner:
             if isinstance(found, str):
                 lacks["dataset", dataset.name] = found
                 continue
-            try:
-                list(self._labelled(dataset, found))
-            except AdgridError as error:
-                lacks["dataset", dataset.name] = str(error)
+            for name in _chosen_categories(dataset, found):
+                try:
+                    self._find_labelled(found, name)
+                except AdgridError as error:
+                    lacks["dataset", dataset.name] = str(error)
         return lacks
 
     def resolve(
@@ -152,8 +152,8 @@ class RepresentationPlanner:
             reference=dataclasses.replace(entry.reference.resolved(), mode="shots", path=None, exclude_from_fit=False),
             protocol=self._protocol(entry),
             seed=entry.seed,
-            precision=self._space.precision,
-            resources=self._resources(),
+            precision=entry.precision or self._space.precision,
+            resources=(entry.resources or self._space.resources).resolved(),
             reference_source=entry.reference_source,
             pool=entry.pool,
             num_images=sum(len(one.samples) for one in labelled),
@@ -196,7 +196,7 @@ class RepresentationPlanner:
             dataset = self._find_dataset(entry)
             if isinstance(dataset, str):
                 continue  # listed as missing
-            own = list(self._labelled(entry, dataset))
+            own = [self._find_labelled(dataset, name) for name in _chosen_categories(entry, dataset)]
             labelled += own
             ref = entry.ref()
             root = None if ref.root is None else str(_absolute(ref.root))
@@ -205,15 +205,6 @@ class RepresentationPlanner:
             )
         return tuple(choices), labelled
 
-    def _labelled(self, entry: DatasetEntry, dataset: Dataset) -> Iterator[LabelledCategory]:
-        known = dataset.category_names()
-        for name in entry.categories or known:
-            if name not in known:
-                raise AdgridError(
-                    f"representations, data, {entry.name!r}: unknown category {name!r}{suggest(name, known)}"
-                )
-            yield self._find_labelled(dataset, name)
-
     def _protocol(self, entry: RepresentationEntry) -> EvaluationProtocol:
         """The space's, at the training's own size; nothing of it but size, crop and interpolation counts."""
         protocol = self._space.protocol.resolved()
@@ -221,8 +212,13 @@ class RepresentationPlanner:
             protocol = dataclasses.replace(protocol, image_size=entry.image_size, resize=None)
         return protocol if entry.resize is None else dataclasses.replace(protocol, resize=entry.resize)
 
-    def _resources(self) -> Resources:
-        return self._space.resources.resolved()
+
+def _chosen_categories(entry: DatasetEntry, dataset: Dataset) -> tuple[str, ...]:
+    known = dataset.category_names()
+    for name in entry.categories or ():
+        if name not in known:
+            raise AdgridError(f"representations, data, {entry.name!r}: unknown category {name!r}{suggest(name, known)}")
+    return entry.categories or known
 
 
 def _image_hashes(one: LabelledCategory) -> Iterator[str]:

@@ -128,6 +128,27 @@ class ReferenceEntry(_Strict):
         return ReferenceChoice(**self.model_dump())
 
 
+class ResourcesEntry(_Strict):
+    """What one trial asks of the cluster."""
+
+    cpu: Annotated[float, Field(ge=0)] = 1.0
+    gpu: Annotated[float, Field(ge=0)] = 0.0
+    memory_gib: Annotated[float, Field(ge=0)] = 0.0
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Processes that train one trial together, each with so much; methods without training use one."""
+    min_workers: Annotated[int, Field(ge=1)] | None = None
+
+    def resolved(self) -> Resources:
+        """The same as the dataclass that trials carry."""
+        if self.cpu == 0 and self.gpu == 0:
+            raise ValueError("a trial needs cpu or gpu; set resources.cpu to 1")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(
+                f"resources.min_workers is {self.min_workers}, more than resources.workers ({self.workers}); lower it"
+            )
+        return Resources(**self.model_dump())
+
+
 class RepresentationEntry(_Strict):
     """A change of the features between backbone and method: its name in rows, and how it is trained or where it is."""
 
@@ -151,6 +172,10 @@ class RepresentationEntry(_Strict):
     """Of its training; None for that of the protocol."""
     resize: int | None = None
     seed: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Of the forward passes of its training; None for that of the space."""
+    resources: ResourcesEntry | None = None
+    """What its training asks for; None for what trials ask for."""
     reference: ReferenceEntry = ReferenceEntry()
     """Normal images of the categories that are scored."""
     reference_source: Literal["auto", "store", "encode"] = "auto"
@@ -211,27 +236,6 @@ class ProtocolEntry(_Strict):
                 f"resize {self.resize} is smaller than image_size {self.image_size}; crops need resize >= it"
             )
         return EvaluationProtocol(**self.model_dump())
-
-
-class ResourcesEntry(_Strict):
-    """What one trial asks of the cluster."""
-
-    cpu: Annotated[float, Field(ge=0)] = 1.0
-    gpu: Annotated[float, Field(ge=0)] = 0.0
-    memory_gib: Annotated[float, Field(ge=0)] = 0.0
-    workers: Annotated[int, Field(ge=1)] = 1
-    """Processes that train one trial together, each with so much; methods without training use one."""
-    min_workers: Annotated[int, Field(ge=1)] | None = None
-
-    def resolved(self) -> Resources:
-        """The same as the dataclass that trials carry."""
-        if self.cpu == 0 and self.gpu == 0:
-            raise ValueError("a trial needs cpu or gpu; set resources.cpu to 1")
-        if self.min_workers is not None and self.min_workers > self.workers:
-            raise ValueError(
-                f"resources.min_workers is {self.min_workers}, more than resources.workers ({self.workers}); lower it"
-            )
-        return Resources(**self.model_dump())
 
 
 Methods = Annotated[tuple[Annotated[MethodEntry, BeforeValidator(_name_alone)], ...], BeforeValidator(_as_list)]
@@ -333,6 +337,7 @@ def parse_space(text: str, source: str = "<space>", overrides: Sequence[str] = (
         )
     _refuse_doubled_keys(tree, source)
     places = _Places(source, tree)
+    whole = data.get("representations", ())
     for override in overrides:
         data = apply_override(data, override)
         places.overridden(override)
@@ -340,11 +345,15 @@ def parse_space(text: str, source: str = "<space>", overrides: Sequence[str] = (
         space = Space.model_validate(data)
         space.protocol.resolved()
         space.resources.resolved()
+        for entry in space.representations:
+            if entry.resources is not None:
+                entry.resources.resolved()
     except ValidationError as error:
         raise AdgridError(_explain(error, places)) from None
     except ValueError as error:
         raise AdgridError(f"{source}: {error}") from None
-    _check_names(space, places)
+    # A narrowed space may leave out what a method names, so that counts as known.
+    _check_names(space, places, {str(_entry_name(entry)) for entry in _as_list(whole)})
     return space
 
 
@@ -380,9 +389,11 @@ def apply_override(data: dict[str, Any], override: str) -> dict[str, Any]:
         raise AdgridError(f"--set {override}: the value is not valid YAML ({' '.join(str(error).split())})") from error
     keys = field.split(".")
     if len(keys) == 1 and field in ("methods", "backbones", "datasets", "representations"):
-        entries = {_entry_name(entry): entry for entry in _as_list(data.get(field, []))}
-        chosen = value if isinstance(value, list) else [value]
-        return {**data, field: [entries.get(item, item) if isinstance(item, str) else item for item in chosen]}
+        entries = _as_list(data.get(field, []))
+        chosen = []
+        for item in value if isinstance(value, list) else [value]:
+            chosen += [entry for entry in entries if isinstance(item, str) and _entry_name(entry) == item] or [item]
+        return {**data, field: chosen}
     return _set_in(data, keys, value, override)
 
 
@@ -489,7 +500,7 @@ def _fields_at(loc: tuple[str | int, ...]) -> tuple[str, ...]:
 # --- names -----------------------------------------------------------------------------------------------------
 
 
-def _check_names(space: Space, places: _Places) -> None:
+def _check_names(space: Space, places: _Places, left_out: set[str]) -> None:
     """Methods, parameters, layouts, representations and the axes of `exclude` are known before anything is planned."""
     for axis, known in (("methods", method_names()), ("datasets", dataset_layouts())):
         for loc, entry in _entries(space, axis):
@@ -508,7 +519,7 @@ def _check_names(space: Space, places: _Places) -> None:
     named = {entry.name for _, entry in _entries(space, "representations")}
     for loc, entry in _entries(space, "methods"):
         for name in entry.representations or ():
-            if name not in named:
+            if name not in named | left_out:
                 where = places(*loc, "representations")
                 raise AdgridError(f"{where}: the space has no representation {name!r}{suggest(name, named)}")
     for axis in ("methods", "backbones", "datasets", "representations"):

@@ -169,7 +169,8 @@ def read_group(resolved: ResolvedTrial, cells: Sequence[Cell], settings: RunSett
     """The images of a group, checked to be the planned ones. Raises PlanOutdated if they are not."""
     trial, cache = resolved.trial, settings.places.cache_dir
     names = trial.categories if resolved.method.scope == "dataset" else [cell.category for cell in cells]
-    data = {name: read_category(resolved.dataset, name, trial.shots, trial.seed, cache) for name in names}
+    reference = None if trial.trained is None else trial.trained.reference
+    data = {name: read_category(resolved.dataset, name, trial.shots, trial.seed, cache, reference) for name in names}
     here = identify_cells(resolved, data)
     for cell in cells:
         if cell not in here:

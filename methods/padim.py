@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,10 @@ class Padim:
     smoothing = 4.0
     score_reduction = "max"
     Config = Config
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "adpretrain": {"num_channels": "all", "combine": "per_level"},
+    }
+    """What ADPretrain's code (arXiv 2511.05245) has: a Gaussian per level over all its channels."""
 
     @classmethod
     def inputs(cls, config: _Config) -> Inputs:

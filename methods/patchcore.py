@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -107,6 +107,8 @@ class PatchCore:
     smoothing = 4.0
     score_reduction = "max"
     Config = Config
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"adpretrain": {"aggregation": "official"}}
+    """What ADPretrain's code (arXiv 2511.05245) has: the official settings, for levels of any width."""
 
     @classmethod
     def inputs(cls, config: _Config) -> Inputs:

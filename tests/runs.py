@@ -6,6 +6,7 @@ from rich.console import Console
 
 from harness.contracts import RunSettings
 from harness.plan import make_plan
+from harness.pretraining import run_pretraining
 from harness.space import parse_space
 from harness.store import Store
 from harness.trial import run_trial
@@ -44,6 +45,8 @@ class SmallRun:
     def run_plan(self, plan, **changes):
         """Rows computed now, by category (or by method and category where there are several methods)."""
         settings = self.settings(plan, **changes)
+        for pretraining in plan.pretrainings:
+            run_pretraining(pretraining, settings, lambda *note: self.notes.append(note))
         rows = [
             row for trial in plan.trials for row in run_trial(trial, settings, lambda *note: self.notes.append(note))
         ]

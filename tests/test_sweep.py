@@ -107,3 +107,27 @@ def test_stopping_by_hand_keeps_finished_rows_and_the_next_run_goes_on(run, tmp_
     )
     assert second.num_computed == 1
     assert {row.category: row.status for row in second.rows} == {"large": "ok", "small": "ok"}
+
+
+def test_cells_whose_representation_cannot_be_trained_are_skipped_and_tried_again(run, tmp_path):
+    text = """
+name: pretrained
+methods: [toy_features]
+backbones: [{name: toy_resnet, layers: [layer2]}]
+datasets: [{name: toy_squares, categories: [middle]}]
+representations:
+  - plain
+  - {name: scaled, kind: toy_scaled, data: [{name: toy_squares, categories: [small]}], params: {trouble: raise}}
+protocol: {image_size: 64}
+"""
+    rows = {row.representation: row for row in execute(write(tmp_path, text), run.options(), quiet_console(), "t").rows}
+    assert rows["plain"].status == "ok"
+    assert rows["scaled"].status == "skipped"
+    assert rows["scaled"].reason == (
+        "representation 'scaled' could not be trained: ValueError: the pretraining has a problem"
+    )
+    again = execute(write(tmp_path, text), run.options(), quiet_console(), "test")
+    assert (again.num_computed, again.num_failed) == (1, 1)
+    well = execute(write(tmp_path, text.replace("raise", "''")), run.options(), quiet_console(), "test")
+    assert (well.num_computed, well.num_failed) == (1, 0)
+    assert execute(write(tmp_path, text.replace("raise", "''")), run.options(), quiet_console(), "t").num_computed == 0

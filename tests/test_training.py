@@ -107,3 +107,34 @@ def test_a_lost_node_changes_no_number(run, tmp_path, alone, cluster, num_spare,
     unfinished = {name: row for name, row in rows.items() if name != "large"}
     assert rows["large"].costs["workers"] == 2  # done before
     assert_alike(unfinished, alone, num_workers=num_left)
+
+
+PRETRAINED = """
+name: pretrained
+methods: [toy_features]
+backbones: [{name: toy_resnet, layers: [layer2]}]
+datasets: [{name: toy_squares, categories: [middle]}]
+representations:
+  - name: scaled
+    kind: toy_scaled
+    data: [{name: toy_squares, categories: [small, large]}]
+    params: {epochs: 4, trouble: kill_once, note: NOTE}
+protocol: {image_size: 64}
+resources: {cpu: 1, workers: 2}
+"""
+
+
+def test_a_pretraining_on_two_nodes_survives_a_killed_worker(run, tmp_path):
+    note = tmp_path / "note"
+    text = PRETRAINED.replace("NOTE", str(note))
+    row = execute_text(tmp_path, text, run)["middle"]
+    assert row.status == "ok", row.reason
+    assert note.exists()  # one was killed; from now on none is
+    alone = SmallRun(tmp_path / "alone", run.places)
+    expected = alone(text.replace("workers: 2", "workers: 1"))["middle"]
+    (artifact,) = run.plan(text).pretrainings
+    factors = [one.store.load_state(artifact.trial_id)["factor"].item() for one in (run, alone)]
+    assert factors[0] == pytest.approx(factors[1], rel=1e-5)
+    assert factors[0] != 1
+    assert row.curves["toy_scaled"] == pytest.approx(expected.curves["toy_scaled"], rel=1e-5)
+    assert row.metrics == pytest.approx(expected.metrics, abs=1e-5)
