@@ -4,7 +4,7 @@ from reference.coreset import plain_coreset
 from reference.patches import averaged_patches, official_patches
 from small_splits import LevelSplit, normal_maps, painted, toy_context
 
-from methods import patchcore
+from methods.components import memory_bank
 from methods.components.coreset import CoresetCache
 from methods.patchcore import Config, PatchCore
 
@@ -12,7 +12,7 @@ from methods.patchcore import Config, PatchCore
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch):
     cache = CoresetCache()
-    monkeypatch.setattr(patchcore, "CORESETS", cache)
+    monkeypatch.setattr(memory_bank, "CORESETS", cache)
     return cache
 
 
@@ -92,7 +92,7 @@ def test_official_form_equals_its_steps_one_by_one():
 
 def test_narrow_levels_are_averaged_and_wide_ones_pooled():
     def embedding_width(config, widths):
-        return PatchCore(config, toy_context(shapes=[(width, 4, 4) for width in widths])).embedding.width
+        return PatchCore(config, toy_context(shapes=[(width, 4, 4) for width in widths])).bank.embedding.width
 
     assert embedding_width(Config(), (40, 114)) == 154  # 40 * 9 numbers would be stretched to 1024
     assert embedding_width(Config(), (114, 128)) == 1024
@@ -120,7 +120,7 @@ def test_reweighting_copes_with_equal_entries():
     method = PatchCore(Config(reweighting=True, aggregation="concat"), toy_context())
     row = torch.arange(16.0)
     method.load_state_dict({"memory_bank": torch.stack([row, row, row + 1, row])})
-    weight = method._rarity(method.index, row[None] + 0.5, torch.tensor([3]))
+    weight = memory_bank.rarity(method.bank.index, row[None] + 0.5, torch.tensor([3]), 9)
     distances = torch.tensor([2.0, 2.0, 2.0, 2.0])  # half a unit in 16 dimensions, to every entry
     torch.testing.assert_close(weight, 1 - distances.softmax(0)[:1])
 

@@ -626,6 +626,9 @@ OTHER_MEMORIES = {
     "distance": "euclidean",
     "reweighting": True,
     "guide_score": 2.0,
+    "aggregation": "concat",
+    "num_starting_points": 2,
+    "num_reweighting_neighbours": 3,
 }
 
 

@@ -285,7 +285,7 @@ def test_masks_are_read_and_labelled_once(run, parts, monkeypatch):
 
 
 def test_a_grid_over_ratios_and_seeds_costs_one_extraction_and_one_coreset_order_per_seed(run):
-    from methods.patchcore import CORESETS
+    from methods.components.memory_bank import CORESETS
 
     space = SPACE.replace("[toy_features]", "[padim, {name: patchcore, params: {coreset_ratio: [0.05, 0.2, 0.1]}}]")
     before = CORESETS.num_chosen

@@ -45,9 +45,9 @@ from torch import Tensor, nn
 
 from harness.contracts import AdgridError, Batch, Context, Inputs, LevelChoice, Prediction, Split, Trainable
 from methods.components.levels import collect_levels
+from methods.components.memory_bank import MemoryBank
 from methods.tocoad.contrastive import ContrastiveStage, ContrastNetwork
 from methods.tocoad.discriminative import DiscriminativeNetwork, DiscriminativeStage, Guide
-from methods.tocoad.memory import MemoryBank
 from methods.tocoad.norms import share_batch_norms
 from methods.tocoad.settings import Config, choose_levels
 

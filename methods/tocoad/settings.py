@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
+
+from methods.components.memory_bank import BankSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Settings of ToCoAD. What the paper states is marked so; all other defaults are ours, with their reason."""
+class Config(BankSettings):
+    """Settings of ToCoAD, with those of PatchCore's memory bank. What the paper states is marked so; all other defaults
+    are ours, with their reason."""
 
     stages: Literal["none", "I", "II", "I+II"] = "I+II"
     """Which stages are trained; both in the paper. `none`: the memory bank of the pretrained backbone. `I`: the
@@ -89,30 +92,15 @@ class Config:
     collapse_threshold: float = 0.1
     """Spread of normalised features (0: all equal, 1: evenly in all directions) below which a collapse is warned of."""
 
-    # Inference: PatchCore's memory bank, with its defaults.
+    # Inference.
     memory_levels: tuple[int, ...] = (-3, -2)
     """Levels of the memory bank, counted like `contrast_levels`; PatchCore's second and third."""
-    coreset_ratio: float = 0.1
-    """Fraction of the patch features kept in the memory bank, in (0, 1]."""
-    projection: int | None = 128
-    """Dimensions of the random projection for the coreset's distances; None for the features themselves."""
-    patch_size: int = 3
-    """Side of the neighbourhood that makes a patch, odd, >= 1."""
-    embed_width: int = 1024
-    """Numbers that a level's patch is pooled to, where levels are wide enough for it."""
-    target_width: int = 1024
-    """Numbers that all levels of a patch are pooled to, where levels are wide enough for it."""
-    num_neighbours: int = 1
-    """Entries of the memory bank whose mean distance is a patch's score, >= 1."""
-    distance: Literal["squared", "euclidean"] = "squared"
-    """`squared` is what PatchCore's official code returns."""
-    reweighting: bool = False
-    """Weighs the image score by how rare the nearest entry is (PatchCore's equation 7)."""
     guide_score: float = 0.0
     """A patch's score is multiplied by 1 + guide_score times the guide's probability there, >= 0; 0 is the paper's
     memory bank alone."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive = ("decoder_width", "guide_lr", "backbone_lr", "head_lr")
         for name in positive:
             if not getattr(self, name) > 0:
@@ -122,7 +110,7 @@ class Config:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         whole = ("decoder_blocks", "guide_epochs", "guide_batch_size", "projector_width", "predictor_width")
-        for name in (*whole, "contrast_epochs", "contrast_batch_size", "embed_width", "target_width", "num_neighbours"):
+        for name in (*whole, "contrast_epochs", "contrast_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("largest_beta", "anomaly_probability", "focal_alpha"):
@@ -134,12 +122,6 @@ class Config:
             raise ValueError(f"margin must be in [-1, 1), got {self.margin}")
         if not 0 <= self.view_jitter <= 0.5:
             raise ValueError(f"view_jitter must be in [0, 0.5], got {self.view_jitter}")
-        if not 0 < self.coreset_ratio <= 1:
-            raise ValueError(f"coreset_ratio must be in (0, 1], got {self.coreset_ratio}")
-        if self.projection is not None and self.projection < 1:
-            raise ValueError(f"projection must be positive, or null for none, got {self.projection}")
-        if self.patch_size < 1 or self.patch_size % 2 == 0:
-            raise ValueError(f"patch_size must be odd and positive, got {self.patch_size}")
         for name in ("contrast_levels", "memory_levels"):
             if not getattr(self, name) or 0 in getattr(self, name):
                 raise ValueError(f"{name} must be positions from 1, or from -1 backwards, got {getattr(self, name)}")
@@ -148,7 +130,6 @@ class Config:
             "generator": ("perlin", "cutpaste", "seamless"),
             "guide_loss": ("focal", "cross_entropy"),
             "contrast": ("simsiam", "byol", "cosine"),
-            "distance": ("squared", "euclidean"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -205,18 +186,7 @@ CONTRAST_FIELDS = (
     "collapse_threshold",
 )
 """What the result of stage II depends on besides those of stage I, if that is its guide."""
-MEMORY_FIELDS = (
-    "memory_levels",
-    "coreset_ratio",
-    "projection",
-    "patch_size",
-    "embed_width",
-    "target_width",
-    "num_neighbours",
-    "distance",
-    "reweighting",
-    "guide_score",
-)
+MEMORY_FIELDS = ("memory_levels", "guide_score", *(field.name for field in fields(BankSettings)))
 """What is read after training only."""
 
 
