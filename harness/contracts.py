@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -366,6 +367,10 @@ class Trainable(Protocol):
     fields: tuple[str, ...] | None = None
     """Configuration fields that the trained stage depends on, those of the stages before it included; a trained stage
     serves every configuration that agrees in them. None for all."""
+    watched: Mapping[str, list[float]] = MappingProxyType({})
+    """What else a reader may want to see grow or fall: a number for every epoch so far."""
+    warnings: Sequence[str] = ()
+    """What a reader of the results must be told, such as that features collapse."""
 
     def configure_optimizers(self) -> Sequence[torch.optim.Optimizer]:
         """Fresh optimisers over the parameters of `module`, with the rates that a schedule factor of 1 stands for."""

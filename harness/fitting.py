@@ -22,7 +22,7 @@ from harness.measure import Meter
 from harness.represented import RepresentedFeatures, load_representation_state
 from harness.resolve import CategoryData, ResolvedTrial, prediction_facts
 from harness.stages import Judge, seed_everything, train_stage
-from harness.store import Store, StoredPrediction
+from harness.store import Store, StoredPrediction, StoredTraining
 from harness.workers import ALONE, Workers
 
 MAX_TEST_EVALUATIONS = 100
@@ -62,8 +62,10 @@ class FittedMethod:
         trial = resolved.trial
         self._resolved, self._data, self._store, self._settings = resolved, data, store, settings
         self._workers = workers
-        self.curves: dict[str, list[float]] = {}
-        """Mean loss of every epoch, per trained stage."""
+        self.curves: dict[str, Sequence[float]] = {}
+        """Mean loss of every epoch, per trained stage, and what else the stages watched."""
+        self.warnings: list[str] = []
+        """What the trained stages say that a reader must be told."""
         self._notify = partial(notify, ", ".join(data) if len(data) < 3 else f"{len(data)} categories")
         self._device = pick_device(trial.resources)
         self._encoder: FrozenBackbone | None = None
@@ -139,6 +141,7 @@ class FittedMethod:
                 "costs": costs,
                 "own_image_score": scores is not None,
                 "curves": self.curves,
+                "warnings": self.warnings,
                 **self._machine(),
             },
         )
@@ -230,7 +233,7 @@ class FittedMethod:
         if trial.trained is None:
             return None
         trained = load_representation_state(trial.trained, trial.layers, self._store).to(self._device)
-        self.curves[trial.trained.kind] = self._store.load_curve(trial.trained.artifact_id)
+        self._remember(self._store.load_training(trial.trained.artifact_id))
         return RepresentedFeatures(trial.trained, trained, trial.dataset.name, self._data, self._plain_split)
 
     def _encoder_of(self, layers: tuple[str, ...]) -> FrozenBackbone:
@@ -263,7 +266,7 @@ class FittedMethod:
             state = self._workers.agree(self._store.load_state(artifact) if self._workers.leads else None)
             if state is not None:
                 stage.load_state_dict(state)
-                self.curves[stage.name] = self._store.load_curve(artifact)
+                self._remember(self._store.load_training(artifact))
                 continue
             losses: list[float] = []
 
@@ -275,7 +278,7 @@ class FittedMethod:
 
             checkpoints = StoredCheckpoints(self._store, artifact, self._workers, self._settings.checkpoint_seconds)
             seed_everything(derive_seed(seed, stage.name))
-            self.curves[stage.name] = train_stage(
+            curve = train_stage(
                 stage,
                 train,
                 seed,
@@ -286,10 +289,18 @@ class FittedMethod:
                 judge=self._judge(train, stages) if number == len(stages) - 1 else None,
                 report=report,
             )
+            training = StoredTraining.of(stage, curve)
+            self._remember(training)
             if self._workers.leads:
-                self._store.publish_curve(artifact, self.curves[stage.name])
+                self._store.publish_training(artifact, training)
                 self._store.publish_state(artifact, stage.state_dict())
             checkpoints.discard()
+
+    def _remember(self, training: StoredTraining) -> None:
+        self.curves |= training.curves
+        for warning in training.warnings:
+            self.warnings.append(warning)
+            self._notify(warning, 0, 1)
 
     def _judge(self, train: Split, stages: Sequence[Trainable]) -> Judge | None:
         """How the state of the last stage is picked, as the protocol says; None for the last one."""

@@ -44,7 +44,7 @@ from harness.resolve import (
     resolve_protocol,
 )
 from harness.stages import Judge, seed_everything, train_stage
-from harness.store import Store, StoredPrediction
+from harness.store import Store, StoredPrediction, StoredTraining
 from harness.workers import ALONE, Workers, is_lost_worker
 
 PICKED_BY = "feature_norm"
@@ -140,7 +140,7 @@ def _train(pretraining: Pretraining, store: Store, settings: RunSettings, notify
         report=report,
     )
     if workers.leads:
-        store.publish_curve(pretraining.trial_id, curve)
+        store.publish_training(pretraining.trial_id, StoredTraining.of(stage, curve))
         store.publish_state(pretraining.trial_id, stage.state_dict())
     checkpoints.discard()
 

@@ -44,6 +44,7 @@ def finished_row(
         stamps += resolved.trial.trained.stamps
     if resolved.protocol.selection == "test_best":
         stamps.append("state picked on test data")
+    stamps += facts.get("warnings", [])
     protocol = _plain(resolved.protocol)
     if facts.get("own_image_score") and resolved.trial.protocol.score_reduction == "method":
         protocol["score_reduction"] = "the method's own"

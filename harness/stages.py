@@ -99,6 +99,8 @@ def train_stage(
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         history, best = list(state["history"]), state["best"]
+        if state["watched"]:
+            stage.watched = state["watched"]
     next_loss = _NextLoss(stage.module, device, precision)
     ask = _distribute(next_loss, workers)
     for epoch in range(len(history), stage.epochs):
@@ -219,6 +221,7 @@ def _make_state(
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "history": history,
         "best": best,
+        "watched": dict(stage.watched),
     }
 
 

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from harness.contracts import AdgridError, ResultRow
+from harness.contracts import AdgridError, ResultRow, Trainable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +53,22 @@ class StoredPrediction:
     """(N,) float32, or None where the harness reduces the map."""
     facts: Mapping[str, Any]
     """Costs and provenance of fitting and predicting, for rows that are scored from here later."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTraining:
+    """How the training of an artifact went."""
+
+    curves: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    """A number for every epoch: the mean loss under the stage's name, what else it watched under `stage.name`."""
+    warnings: Sequence[str] = ()
+    """What a reader of the results must be told."""
+
+    @classmethod
+    def of(cls, stage: Trainable, losses: Sequence[float]) -> StoredTraining:
+        """The training of a stage that is trained."""
+        watched = {f"{stage.name}.{name}": list(values) for name, values in stage.watched.items()}
+        return cls(curves={stage.name: list(losses), **watched}, warnings=list(stage.warnings))
 
 
 class Store:
@@ -247,16 +263,16 @@ class Store:
         except FileNotFoundError:
             return None
 
-    def publish_curve(self, artifact_id: str, losses: Sequence[float]) -> None:
-        """Saves how the loss of an artifact went, a number per epoch."""
-        self.publish(f"artifacts/{artifact_id}.curve.json", json.dumps(list(losses)).encode())
+    def publish_training(self, artifact_id: str, training: StoredTraining) -> None:
+        """Saves how the training of an artifact went."""
+        self.publish(f"artifacts/{artifact_id}.training.json", json.dumps(dataclasses.asdict(training)).encode())
 
-    def load_curve(self, artifact_id: str) -> list[float]:
-        """The losses of `publish_curve`; none where there are none."""
+    def load_training(self, artifact_id: str) -> StoredTraining:
+        """What `publish_training` saved; nothing where there is none."""
         try:
-            return json.loads(self.read(f"artifacts/{artifact_id}.curve.json"))
+            return StoredTraining(**json.loads(self.read(f"artifacts/{artifact_id}.training.json")))
         except FileNotFoundError:
-            return []
+            return StoredTraining()
 
     # --- attempts ---
 

@@ -365,10 +365,10 @@ def _sync_child(
         f"{name}/{row.category}": value for row in fresh for name, value in (*row.metrics.items(), *row.costs.items())
     }
     curves = {
-        f"loss/{stage}/{row.category}": losses
+        f"{name.replace('.', '/') if '.' in name else f'loss/{name}'}/{row.category}": values
         for row in fresh
         if row.status == "ok"
-        for stage, losses in row.curves.items()
+        for name, values in row.curves.items()
     }
     has_changed = _write(client, child, params=_child_params(row), metrics=numbers, curves=curves, tags=tags)
     if is_complete:

@@ -203,7 +203,7 @@ def test_methods_read_features_changed_by_the_trained_state(run):
     rows = run.run_plan(plan, save_fitted=True)
     assert {row.status for row in rows.values()} == {"ok"}, [row.reason for row in rows.values()]
     assert {row.representation for row in rows.values()} == {"scaled"}
-    assert all(len(row.curves["toy_scaled"]) == 2 for row in rows.values())
+    assert all(len(row.curves["scaling"]) == 2 for row in rows.values())
     assert {row.provenance["representation_artifact"] for row in rows.values()} == {plan.pretrainings[0].trial_id}
     factor = run.store.load_state(plan.pretrainings[0].trial_id)["factor"]
     assert factor != 1

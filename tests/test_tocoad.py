@@ -557,9 +557,11 @@ def test_the_spread_is_read_once_an_epoch(monkeypatch):
     value = Spread.value
     monkeypatch.setattr(contrastive.Spread, "value", lambda self: read.append(self) or value(self))
     stage = make(contrast_epochs=3).stages()[1]
-    assert stage.watch == {}
+    assert stage.watched == {}
     seen = []
-    train_stage(stage, Images(9), 0, report=lambda *_: seen.append(dict(stage.watch)))
+    train_stage(
+        stage, Images(9), 0, report=lambda *_: seen.append({name: values[-1] for name, values in stage.watched.items()})
+    )
     assert len(read) == 3 * 4  # 3 epochs, 2 levels of features and projections
     assert len(seen) == 3
     assert all(
@@ -711,7 +713,7 @@ def train_on(workers):
     method, train = make(contrast="byol"), Images(6)
     histories = [train_stage(stage, train, 0, workers=workers) for stage in method.stages()]
     states = [stage.state_dict() for stage in method.stages()]
-    return histories, states, method.stages()[1].watch
+    return histories, states, method.stages()[1].watched
 
 
 def work(rank):
@@ -745,7 +747,9 @@ def test_two_workers_train_what_one_does(told):
                 for first, second in ((own, state), (state, start))
             )
             assert off < 0.02 * moved
-        assert own_watch == pytest.approx(watch, rel=1e-3)
+        assert own_watch.keys() == watch.keys()
+        for name, values in watch.items():
+            assert own_watch[name] == pytest.approx(values, rel=1e-3)
     for one, other in zip(told[0][1][1], told[1][1][1], strict=True):
         assert same(one, other)
 

@@ -136,5 +136,5 @@ def test_a_pretraining_on_two_nodes_survives_a_killed_worker(run, tmp_path):
     factors = [one.store.load_state(artifact.trial_id)["factor"].item() for one in (run, alone)]
     assert factors[0] == pytest.approx(factors[1], rel=1e-5)
     assert factors[0] != 1
-    assert row.curves["toy_scaled"] == pytest.approx(expected.curves["toy_scaled"], rel=1e-5)
+    assert row.curves["scaling"] == pytest.approx(expected.curves["scaling"], rel=1e-5)
     assert row.metrics == pytest.approx(expected.metrics, abs=1e-5)

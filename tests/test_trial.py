@@ -239,6 +239,15 @@ def test_a_stage_is_trained_once_and_reloaded(run, monkeypatch):
     assert second["small"].curves == first["small"].curves
 
 
+def test_what_a_stage_warns_of_stands_on_its_rows_when_it_is_loaded_too(run):
+    space = SPACE.replace("toy_features", "{name: toy_tuned, params: {learning_rate: 0.6}}") + "categories: [small]\n"
+    first = run(space)["small"]
+    assert "the rate is high" in first.stamps
+    run.store.delete(f"predictions/{first.prediction_id}.arrow")
+    run.store.delete(f"rows/new/{first.cell_id}.ok.parquet")
+    assert run(space)["small"].stamps == first.stamps
+
+
 def test_a_fitted_method_is_kept_on_request(run):
     run(save_fitted=True)
     assert len(run.store.names("artifacts")) == 3
@@ -419,4 +428,5 @@ def test_a_trial_whose_process_ended_goes_on_from_the_last_checkpoint(run, monke
     assert set(epochs) == {2, 3}  # the checkpoint of the second epoch was the last one saved
     assert again.metrics == whole.metrics
     assert again.curves == whole.curves
+    assert again.curves["tuning.epoch"] == (0.0, 1.0, 2.0, 3.0)
     assert run.store.names("checkpoints") == []

@@ -116,9 +116,9 @@ class ContrastiveStage(Trainable):
         self.painter = Painter(config, context)
         self.fields: tuple[str, ...] = CONTRAST_FIELDS if guide is None else GUIDE_FIELDS + CONTRAST_FIELDS
         """Settings that its result depends on, those of the stage before included."""
-        self.watch: dict[str, float] = {}
-        """Spread of normalised features in the last epoch, 0 (all equal) to 1 (evenly in all directions): of the
-        backbone as `feature_std_L` and where views are compared as `projection_std_L`, L counted from 1."""
+        self.watched: dict[str, list[float]] = {}
+        """Spread of normalised features in every epoch, 0 (all equal) to 1 (evenly in all directions): of the backbone
+        as `feature_std_L` and where views are compared as `projection_std_L`, L counted from 1."""
         self.warnings: list[str] = []
         """What a reader must be told: each spread that fell below the threshold, once."""
         self._spreads: dict[str, Spread] = {}
@@ -189,14 +189,14 @@ class ContrastiveStage(Trainable):
     def _conclude(self) -> None:
         """Reads the spreads at the end of an epoch, over all workers."""
         values = torch.stack([spread.value() for spread in self._spreads.values()])
-        self.watch = dict(zip(self._spreads, values.tolist(), strict=True))
-        for name, value in self.watch.items():
-            told = any(warning.startswith(f"{name} ") for warning in self.warnings)
-            if value < self.config.collapse_threshold and not told:
-                self.warnings.append(
-                    f"{name} fell to {value:.3g}, below collapse_threshold {self.config.collapse_threshold:g}: "
-                    f"features grow alike; lower backbone_lr, or raise negative_weight"
-                )
+        for name, value in zip(self._spreads, values.tolist(), strict=True):
+            self.watched.setdefault(name, []).append(value)
+        self.warnings = [
+            f"{name} fell to {min(values):.3g}, below collapse_threshold {self.config.collapse_threshold:g}: "
+            f"features grow alike; lower backbone_lr, or raise negative_weight"
+            for name, values in self.watched.items()
+            if min(values) < self.config.collapse_threshold
+        ]
 
 
 def _project(

@@ -304,8 +304,9 @@ def test_the_folders_are_labelled_training_data_without_a_test_set(tmp_path):
         assert category.test == ()
         assert (len(category.train), sum(s.label for s in category.train)) == (21, 2)
         views = {s.view: (s.label, s.defect_type) for s in category.train if s.sample_id == "audiojack_0004_NG_HS"}
-        normal = (0, "good")
-        assert views == {"C1": (1, "HS"), "C2": normal, "C3": (1, "HS"), "C4": normal, "C5": normal}
+        bare = (0, "HS")  # counts as normal without its mask, but is no reference
+        assert views == {"C1": (1, "HS"), "C2": bare, "C3": (1, "HS"), "C4": bare, "C5": bare}
+        assert all(s.defect_type == "good" for s in category.train if "_OK" in s.sample_id)
         assert all((s.mask_path is not None) == bool(s.label) for s in category.train)
         assert {s.split for s in category.train} == {"train"}
         assert dataset.check(["audiojack"], decode=True) == []

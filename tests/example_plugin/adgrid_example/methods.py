@@ -153,9 +153,13 @@ class _Tuning(Trainable):
     def __init__(self, context, config):
         self.module, self.config, self.epochs = context.backbone, config, config.epochs
         self.in_trouble = config.category in context.categories
+        self.watched, self.warnings = {"epoch": []}, ["the rate is high"] * (config.learning_rate > 0.5)
 
     def configure_optimizers(self):
         return [torch.optim.SGD(self.module.parameters(), lr=self.config.learning_rate)]
+
+    def begin_epoch(self, train, epoch):
+        self.watched["epoch"].append(float(epoch))
 
     def losses(self, batch, share):
         if self.in_trouble and share.epoch == 1 and 0 not in share.positions:
