@@ -413,6 +413,17 @@ class GradientMethod(Method, Protocol):
         """The stages in the order they are trained; each its own content-addressed artifact."""
 
 
+@runtime_checkable
+class TransductiveMethod(Method, Protocol):
+    """A method that can normalise by statistics of all test images, as some papers do; its rows then say so."""
+
+    def observes_test(self) -> bool:
+        """Whether its configuration asks for it."""
+
+    def observe_test(self, test: Split) -> None:
+        """Sees the test images of a category, never their labels, before they are predicted."""
+
+
 class Representation(Protocol):
     """A change of the frozen features between backbone and method, such as ADPretrain's projected residuals.
 

@@ -12,7 +12,18 @@ import torch
 
 from harness.backbones import FrozenBackbone, level_shapes, trainable_backbone
 from harness.checkpoints import StoredCheckpoints
-from harness.contracts import Cell, Context, Resources, RunSettings, Sample, SampleKey, Split, Trainable, derive_seed
+from harness.contracts import (
+    Cell,
+    Context,
+    Resources,
+    RunSettings,
+    Sample,
+    SampleKey,
+    Split,
+    Trainable,
+    TransductiveMethod,
+    derive_seed,
+)
 from harness.evaluate import evaluate
 from harness.feature_store import FeatureStore
 from harness.features import FeatureSplit, feature_keys, feature_split
@@ -121,6 +132,9 @@ class FittedMethod:
         """
         meter = self._meter.copy()
         samples, workers = self._data[cell.category].test, self._workers
+        warnings = list(self.warnings)
+        if self._observe_test(samples, meter):
+            warnings.append("normalised by test images")
         maps, scores = self._predict_together(samples, meter)
         if not workers.leads:
             return None
@@ -141,13 +155,23 @@ class FittedMethod:
                 "costs": costs,
                 "own_image_score": scores is not None,
                 "curves": self.curves,
-                "warnings": self.warnings,
+                "warnings": warnings,
                 **self._machine(),
             },
         )
         if result.anomaly_maps.nbytes <= self._settings.prediction_mib * 2**20:
             self._store.publish_prediction(cell.prediction_id, result)
         return result
+
+    def _observe_test(self, samples: Sequence[Sample], meter: Meter) -> bool:
+        """Shows a method all test images of a category, if it normalises by them; whether it did."""
+        method = self._method
+        if not isinstance(method, TransductiveMethod) or not method.observes_test():
+            return False
+        test = self._split(samples, "test", meter)
+        with meter.timed("predict_seconds"):
+            method.observe_test(test)
+        return True
 
     def _predict_together(self, samples: Sequence[Sample], meter: Meter) -> tuple[np.ndarray, np.ndarray | None]:
         """Maps (N, h, w) and scores (N,), if the method gives any, of all images at the leader; nothing at others."""
@@ -320,6 +344,7 @@ class FittedMethod:
         self._method.fit(train)
         aurocs = []
         for data in self._data.values():
+            self._observe_test(data.test, self._meter.copy())
             maps, scores = self._predict_together(data.test, self._meter.copy())
             if self._workers.leads:
                 prediction = StoredPrediction(paths=(), anomaly_maps=maps, image_scores=scores, facts={})

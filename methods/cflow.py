@@ -8,6 +8,7 @@ Differences from the paper and its code (gudovskiy/cflow-ad):
 
 - At test time a level's likelihoods are divided by the largest one of the training images, which is kept in the state;
   the official code takes the largest one of all test images, a test statistic. This weighs the levels otherwise.
+  `normalise: test_max` does as the official code does, and every row then says so.
 - The map is minus the sum over levels, where the official code subtracts the sum from its maximum over the test images:
   the same order of pixels and images, and near zero float32 still tells apart what is very unlikely.
 - The official code reports the best epoch on the test images for each metric; here the protocol's `selection` decides.
@@ -30,8 +31,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,9 @@ class Config:
     rotation_degrees: float = 5.0
     """Training images are rotated by an angle drawn from plus or minus this, in [0, 180]. The backbone must then encode
     every image anew in every epoch; with 0 it never does, as features come from the store."""
+    normalise: Literal["train_max", "test_max"] = "train_max"
+    """Images whose largest likelihood a level's are divided by: those of training, or, as in the official code, those
+    that are scored."""
 
     def __post_init__(self) -> None:
         for name in ("meta_epochs", "sub_epochs", "batch_size", "fibres", "coupling_blocks"):
@@ -86,6 +90,8 @@ class Config:
             raise ValueError(f"condition_width must be a positive multiple of 4, got {self.condition_width}")
         if not 0 <= self.rotation_degrees <= 180:
             raise ValueError(f"rotation_degrees must be in [0, 180], got {self.rotation_degrees}")
+        if self.normalise not in ("train_max", "test_max"):
+            raise ValueError(f"normalise must be 'train_max' or 'test_max', got {self.normalise!r}")
 
 
 _Config = Config  # inside the class below, `Config` is its attribute
@@ -128,7 +134,7 @@ class Cflow:
         ]
         """Per level (P, condition width)."""
         self.max_log_likelihood = torch.zeros(len(shapes), device=context.device)
-        """Per level the largest log-likelihood of a patch of a training image, divided by the level's width."""
+        """Per level the largest log-likelihood of a patch of the images to normalise by, divided by its width."""
 
     def stages(self) -> list[Trainable]:
         """The training of all flows."""
@@ -165,14 +171,25 @@ class Cflow:
             values = [flow.log_likelihood(*some) for some in zip(rows, conditions, strict=True)]
             yield torch.cat(values).view(len(level), *level.shape[2:]) / level.shape[1]
 
-    @torch.no_grad()
     def fit(self, train: Split) -> None:
         """Finds the largest likelihood of each level."""
+        self.max_log_likelihood = self._find_largest(train)
+
+    def observes_test(self) -> bool:
+        """Whether likelihoods are divided by the largest of the test images."""
+        return self.config.normalise == "test_max"
+
+    def observe_test(self, test: Split) -> None:
+        """Takes the largest likelihoods of these images instead."""
+        self.max_log_likelihood = self._find_largest(test)
+
+    @torch.no_grad()
+    def _find_largest(self, images: Split) -> Tensor:
         best = torch.full_like(self.max_log_likelihood, -math.inf)
-        for batch in train:
+        for batch in images:
             largest = [values.amax() for values in self._log_likelihoods(batch)]
             best = torch.maximum(best, torch.stack(largest))
-        self.max_log_likelihood = best
+        return best
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Prediction:
@@ -205,6 +222,7 @@ class _FlowTraining(Trainable):
         self.method, self.config, self.module = method, method.config, method.module
         self.epochs = self.config.meta_epochs * self.config.sub_epochs
         self.batch_size = self.config.batch_size
+        self.fields = tuple(field.name for field in fields(Config) if field.name != "normalise")
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Adam over all flows."""

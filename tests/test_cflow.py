@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from small_splits import SHAPES, LevelSplit, normal_maps, painted, toy_context
 
-from harness.contracts import Batch, SampleKey, Share
+from harness.contracts import Batch, SampleKey, Share, TransductiveMethod
 from harness.stages import epoch_batches, train_stage
 from methods.cflow import Cflow, Config, draw_fibres, encode_positions, rotate
 from methods.components.draws import step_generator
@@ -343,3 +343,24 @@ def test_other_seeds_start_from_other_flows():
     for name in ("flows.0.blocks.0.rotation", "flows.1.blocks.1.subnet.0.weight"):
         assert torch.equal(first[name], same[name])
         assert not torch.equal(first[name], other[name])
+
+
+def test_normalising_by_test_images_is_the_official_form_and_the_same_training():
+    usual, (official, _) = trained()[0], trained(small(normalise="test_max"))
+    assert isinstance(usual, TransductiveMethod)
+    assert (usual.observes_test(), official.observes_test()) == (False, True)
+    for one, other in zip(usual.module.parameters(), official.module.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert "normalise" not in official.stages()[0].fields
+    test = LevelSplit(painted(normal_maps(6, seed=2)))
+    official.observe_test(test)
+    batch = test.take(range(6))
+    likelihoods = list(official._log_likelihoods(batch))
+    expected = torch.zeros(6, 32, 32)
+    for values in likelihoods:
+        relative = (values - values.max()).exp()
+        assert relative.max() == 1
+        expected += F.interpolate(relative[:, None], (32, 32), mode="bilinear", align_corners=True)[:, 0]
+    torch.testing.assert_close(official.predict(batch).anomaly_map, -expected.detach(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="normalise must be 'train_max' or 'test_max', got 'max'"):
+        small(normalise="max")

@@ -430,3 +430,19 @@ def test_a_trial_whose_process_ended_goes_on_from_the_last_checkpoint(run, monke
     assert again.curves == whole.curves
     assert again.curves["tuning.epoch"] == (0.0, 1.0, 2.0, 3.0)
     assert run.store.names("checkpoints") == []
+
+
+def test_rows_say_that_a_method_normalised_by_test_images(run):
+    params = "rotation_degrees: 0.0, meta_epochs: 1, sub_epochs: 1, coupling_blocks: 1, condition_width: 8"
+    space = SPACE.replace(
+        "[toy_features]", f"[{{name: cflow, layers: [layer2], params: {{{params}, normalise: HOW}}}}]"
+    )
+    space += "categories: [small]\n"
+    usual, official = (run(space.replace("HOW", how))["small"] for how in ("train_max", "test_max"))
+    assert (usual.status, official.status) == ("ok", "ok"), official.reason
+    assert "normalised by test images" in official.stamps
+    assert "normalised by test images" not in usual.stamps
+    assert official.curves == usual.curves
+    maps = [run.store.load_prediction(row.prediction_id).anomaly_maps for row in (usual, official)]
+    assert maps[1].min() == pytest.approx(-1, abs=0.2)  # the likeliest patch of all test images has a likelihood of one
+    assert not np.allclose(maps[0], maps[1])
