@@ -276,6 +276,8 @@ class Context:
     device: torch.device
     seed_of: Callable[[str], int]
     """Seed of a named draw; depends on dataset, categories, shots and seed, never on the configuration."""
+    resize: int | None = None
+    """Shorter side of an image before `image_size` is cropped from its centre; None resizes straight to it."""
     encode: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     """(B, 3, H, W) images in [0, 1] to levels, through the frozen backbone and the representation."""
     make_backbone: Callable[[], nn.Module] | None = None

@@ -90,6 +90,7 @@ class FittedMethod:
         context = Context(
             level_shapes=() if backbone is None else level_shapes(backbone, trial.layers, size),
             image_size=size,
+            resize=resolved.preprocessing.resize,
             categories=tuple(data),
             device=self._device,
             seed_of=lambda name: derive_seed(name, *seeded),

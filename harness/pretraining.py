@@ -112,6 +112,7 @@ def _train(pretraining: Pretraining, store: Store, settings: RunSettings, notify
     context = Context(
         level_shapes=level_shapes(backbone, pretraining.layers, preprocessing.image_size),
         image_size=preprocessing.image_size,
+        resize=preprocessing.resize,
         categories=tuple(f"{one.dataset}/{one.category}" for one in data),
         device=device,
         seed_of=lambda draw: derive_seed(draw, "pretraining", pretraining.seed),

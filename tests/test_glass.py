@@ -9,12 +9,13 @@ from PIL import Image
 from reference.glass import plain_judgement, plain_loss
 from two_workers import run_on_two_workers
 
-from harness.contracts import AdgridError, Batch, Context, SampleKey, Share, derive_seed
+from harness.contracts import AdgridError, Batch, Context, Preprocessing, SampleKey, Share, derive_seed
+from harness.datasets.images import load_image
 from harness.registry import build_config
 from harness.stages import train_stage
 from harness.workers import Workers
 from methods.glass import Glass, stage
-from methods.glass.local_anomalies import Painter, draw_region
+from methods.glass.local_anomalies import Painter, _fit, draw_region
 from methods.glass.settings import Config
 from methods.glass.spectrum import judge_distribution
 from methods.glass.stage import binary_cross_entropy, truncate
@@ -395,6 +396,16 @@ def test_foreground_masks_are_read_by_category_and_name(tmp_path):
     _, defects = method.stages()[0].painter.paint(train.take([0, 1]), 0)
     assert not defects.unflatten(1, (4, 4))[:, :, :2].any()
     assert defects.any()
+
+
+def test_a_foreground_mask_is_cropped_as_its_image_is(tmp_path):
+    mask = Image.fromarray(np.random.default_rng(0).integers(0, 2, (60, 90), np.uint8) * 255)
+    mask.save(tmp_path / "mask.png")
+    for resize, size in ((40, (32, 32)), (32, (32, 24)), (60, (60, 60))):
+        way = Preprocessing(image_size=size, resize=resize, interpolation="bilinear")
+        expected = load_image(str(tmp_path / "mask.png"), way)[0] > 0
+        assert np.array_equal(np.array(_fit(mask, size, resize)) > 0, expected)
+    assert _fit(mask, (32, 20), None).size == (20, 32)
 
 
 def test_a_missing_foreground_mask_is_named_before_training_starts(tmp_path):

@@ -103,7 +103,7 @@ class Painter:
             path = self._mask_path(sample, folder)
             try:
                 with Image.open(path) as image:
-                    mask = image.convert("L").resize((size[1], size[0]), Image.Resampling.BILINEAR)
+                    mask = _fit(image.convert("L"), size, self.context.resize)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
                 raise AdgridError(f"foreground_masks: {path} cannot be read ({problem}); replace it") from problem
             self._foregrounds[sample] = torch.from_numpy(np.array(mask)) > 0
@@ -120,3 +120,13 @@ class Painter:
             f"foreground_masks: no mask {places[0]} for {sample.path}; a folder of masks needs one for every training "
             f"image, or give null to paint anywhere"
         )
+
+
+def _fit(mask: Image.Image, size: tuple[int, int], resize: int | None) -> Image.Image:
+    """A mask brought to (H, W) as its image was: straight, or by its shorter side and a crop of the centre."""
+    if resize is None:
+        return mask.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    factor = min(mask.size)
+    width, height = (int(resize * side / factor) for side in mask.size)
+    left, top = round((width - size[1]) / 2), round((height - size[0]) / 2)
+    return mask.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size[1], top + size[0]))
