@@ -302,6 +302,9 @@ class Method(Protocol):
     """An anomaly detector. A plug-in file holds `METHOD_VERSION`, `Config` and ends with `METHOD = ItsClass`.
 
     `Config` is a frozen dataclass whose defaults are the paper's. `METHOD_VERSION` is raised when the numbers move.
+
+    A class may also have `presets`, named configurations: name -> fields; and `folders`, the configuration fields that
+    hold folders of images or None, which enter ids by their contents and not by their place.
     """
 
     summary: ClassVar[str]

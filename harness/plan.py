@@ -200,6 +200,7 @@ class _Reader:
             trained = self.representations.resolve(point.representation, point.backbone, layers, weights)
         where = f"methods.{point.method.name}.params"
         params = check_params(point.method.name, point.params, where)
+        params |= {name: _absolute(params[name]) for name in getattr(method, "folders", ()) if params[name] is not None}
         try:
             content_id(params)
         except ValueError:

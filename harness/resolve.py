@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from harness.auxiliary import LabelledCategory
@@ -25,7 +27,7 @@ from harness.contracts import (
     Sample,
     Trial,
 )
-from harness.datasets.files import list_folder, resolve_path
+from harness.datasets.files import IMAGE_EXTENSIONS, list_folder, resolve_path
 from harness.datasets.fingerprint import content_hashes, draw_shots
 from harness.feature_store import FEATURES_VERSION
 from harness.identity import content_id, images_fingerprint, truth_fingerprint
@@ -65,6 +67,8 @@ class ResolvedTrial:
     preprocessing: Preprocessing
     protocol: EvaluationProtocol
     """With `method` and `backbone` replaced by their values."""
+    folder_ids: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Content of each folder that the configuration names, by field: what counts, wherever the folder is."""
 
 
 def open_dataset(ref: DatasetRef, places: Places) -> Dataset:
@@ -142,6 +146,7 @@ def list_given_references(dataset: str, category: str, choice: ReferenceChoice) 
 def resolve_trial(trial: Trial, dataset: Dataset, cache_dir: str) -> ResolvedTrial:
     """Method class, configuration, backbone, preprocessing and protocol of a trial."""
     method = load_method(trial.method)
+    folders = {name: trial.params[name] for name in getattr(method, "folders", ()) if trial.params[name] is not None}
     backbone = None if trial.backbone is None else resolve_backbone(trial.backbone, trial.weights, cache_dir)
     return ResolvedTrial(
         trial=trial,
@@ -152,7 +157,20 @@ def resolve_trial(trial: Trial, dataset: Dataset, cache_dir: str) -> ResolvedTri
         weights_id="" if backbone is None else backbone_fingerprint(backbone),
         preprocessing=resolve_preprocessing(trial.protocol, backbone),
         protocol=resolve_protocol(trial.protocol, method, backbone),
+        folder_ids={name: _folder_id(name, path, cache_dir) for name, path in folders.items()},
     )
+
+
+@lru_cache(maxsize=64)
+def _folder_id(field: str, folder: str, cache_dir: str) -> str:
+    """Names and contents of all images below a folder; read once in a process."""
+    paths = sorted(
+        str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file()
+    )
+    if not paths:
+        raise AdgridError(f"{field}: no images in {folder}; name a folder of images, or leave the parameter out")
+    hashes = content_hashes(paths, cache_dir)
+    return content_id([[str(Path(path).relative_to(folder)), hashes[path]] for path in paths])
 
 
 def resolve_preprocessing(protocol: EvaluationProtocol, backbone: ResolvedBackbone | None) -> Preprocessing:
@@ -247,7 +265,7 @@ def prediction_facts(resolved: ResolvedTrial, params: Mapping[str, Any]) -> dict
     facts = {
         "method": trial.method,
         "method_version": method_version(trial.method),
-        "params": params,
+        "params": {key: resolved.folder_ids.get(key, value) for key, value in params.items()},
         "backbone": trial.backbone,
         "weights": resolved.weights_id,
         "layers": trial.layers,

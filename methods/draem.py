@@ -105,6 +105,7 @@ class Draem:
     levels = LevelChoice()
     smoothing = 0.0
     score_reduction = "mean_pool_21"
+    folders = ("textures",)
     Config = Config
 
     @classmethod

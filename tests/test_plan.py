@@ -3,8 +3,10 @@
 import dataclasses
 
 import pytest
+from PIL import Image
 from runs import SPACE, SmallRun
 
+from harness import resolve
 from harness.contracts import AdgridError
 from harness.plan import measure_progress
 
@@ -135,3 +137,21 @@ def test_an_image_size_that_does_not_fit_the_backbone_is_found_by_the_plan(run):
 def test_a_parameter_that_is_no_number_is_refused(run):
     with pytest.raises(AdgridError, match="NaN and infinity"):
         run.plan(SPACE.replace("[toy_features]", "[{name: toy_features, params: {scale: .inf}}]"))
+
+
+def test_folders_count_by_their_images_and_not_by_their_place(run, tmp_path):
+    space = SPACE.replace("[toy_features]", "[{name: draem, params: {epochs: 1, textures: FOLDER}}]")
+    for name in ("one", "two"):
+        (tmp_path / name / "striped").mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name / "striped" / "a.png")
+
+    def ids(name):
+        resolve._folder_id.cache_clear()
+        return run.plan(space.replace("FOLDER", str(tmp_path / name))).cell_ids
+
+    first = ids("one")
+    assert ids("two") == first
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "two" / "striped" / "a.png")
+    assert set(ids("two")).isdisjoint(first)
+    with pytest.raises(AdgridError, match=r"textures: no images in .*three; name a folder"):
+        ids("three")

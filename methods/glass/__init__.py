@@ -55,6 +55,7 @@ class Glass:
     levels = LevelChoice(strides=(8, 16), taps=(-2, -1))
     smoothing = 4.0 * 224 / 288  # 4 pixels at the paper's 288
     score_reduction = "max"
+    folders = ("textures", "foreground_masks")
     Config = Config
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "adpretrain_plain": {"distribution": "hypersphere", "adaptor": True, "noise": 0.015},

@@ -65,6 +65,7 @@ class ToCoAD:
     levels = LevelChoice(strides=(4, 8, 16, 32), taps=(0, 1, 2, 3))
     smoothing = 4.0
     score_reduction = "max"
+    folders = ("textures",)
     Config = Config
 
     @classmethod
