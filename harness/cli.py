@@ -1,4 +1,4 @@
-"""The command line: `adgrid run | plan | report | datasets | backbones | methods | ui`.
+"""The command line: `adgrid run | plan | report | compare | leaderboard | datasets | backbones | methods | ui`.
 
 Exit codes: 0 all is well, 1 something failed (a row without a number, a broken layout), 2 bad input, 130 stopped.
 """
@@ -75,6 +75,41 @@ def _parser() -> argparse.ArgumentParser:
     _add_places(report)
     report.set_defaults(handle=_report)
 
+    compare = commands.add_parser("compare", help="compare runs, or one axis of them, or a run with published numbers")
+    compare.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run id, run folder or mlflow:RUN; the first is the baseline"
+    )
+    compare.add_argument("--axis", default="run", help="what is compared: run, method, backbone, representation, ...")
+    compare.add_argument("--baseline", help="value of the axis that others are compared with (default: the first)")
+    compare.add_argument("--ignore", action="append", default=[], help="field that may differ as well, such as layers")
+    _add_where(compare)
+    compare.add_argument("--metric", action="append", dest="metrics", help="metric to compare (default: image_auroc)")
+    compare.add_argument("--interval", choices=["delong", "bootstrap"], default="delong", help="of AUROC over images")
+    compare.add_argument("--confidence", type=float, default=0.95, help="of intervals and verdicts (default: 0.95)")
+    compare.add_argument(
+        "--published",
+        action="append",
+        metavar="NAME | FILE",
+        help="compare with published numbers: a name, all, or a CSV",
+    )
+    compare.add_argument("--fail-if-worse", type=float, metavar="RATE", help="exit 1 where a mean lost more than this")
+    compare.add_argument("--out", help="folder for tables and pictures")
+    compare.add_argument("--tracking-uri", help="of mlflow: runs (default: the SQLite file under --root)")
+    _add_places(compare)
+    compare.set_defaults(handle=_compare)
+
+    board = commands.add_parser("leaderboard", help="rank the newest finished row of every cell of many runs")
+    board.add_argument(
+        "places", nargs="*", metavar="ROOT | RUN", help="storage roots, run folders, run ids, mlflow:RUN"
+    )
+    board.add_argument("--experiment", help="every run of this MLflow experiment")
+    _add_where(board)
+    board.add_argument("--metric", default="image_auroc", help="metric to sort by (default: image_auroc)")
+    board.add_argument("--out", help="CSV file to write")
+    board.add_argument("--tracking-uri", help="of MLflow (default: the SQLite file under --root)")
+    _add_places(board)
+    board.set_defaults(handle=_leaderboard)
+
     datasets = commands.add_parser(
         "datasets", help="list known datasets, show what one should hold, or check its files"
     )
@@ -112,6 +147,16 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", default="results", help="storage root, a path or URI (default: results)")
     parser.add_argument("--data-root", help="folder with one subfolder per dataset")
     parser.add_argument("--cache-dir", help="node-local cache (default: the user's cache folder)")
+
+
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="AXIS=VALUE",
+        help="only these rows: method=patchcore, dataset=a,b",
+    )
 
 
 def _add_narrowing(parser: argparse.ArgumentParser) -> None:
@@ -271,6 +316,84 @@ def _report(parsed: argparse.Namespace, console: Console, command: str) -> int:
     for note in notes:
         console.print(f"[yellow]{_escape(note)}[/]", soft_wrap=True)
     console.print(f"{len(files)} files in {store.root}/runs/{run_id}/report", soft_wrap=True)
+    return 0
+
+
+def _compare(parsed: argparse.Namespace, console: Console, command: str) -> int:
+    from harness.compare import compare_rows, find_regressions
+    from harness.comparison_tables import terminal_comparison, write_comparison
+    from harness.sources import keep_rows, load_any_scores, name_apart, open_run, parse_conditions
+
+    if not 0 < parsed.confidence < 1:
+        raise AdgridError(f"--confidence {parsed.confidence:g}: must lie between 0 and 1, such as 0.95")
+    conditions = parse_conditions(parsed.where)
+    with console.status("reading"):
+        sources = name_apart([open_run(word, parsed.root, parsed.tracking_uri) for word in parsed.runs])
+    sides = {name: keep_rows(source.rows, conditions) for name, source in sources.items()}
+    if parsed.published:
+        return _compare_published(parsed, console, command, sides)
+    comparison = compare_rows(
+        sides,
+        lambda cell_id: load_any_scores(sources.values(), cell_id),
+        axis=parsed.axis,
+        baseline=parsed.baseline,
+        ignore=parsed.ignore,
+        metrics=tuple(dict.fromkeys(parsed.metrics or ["image_auroc"])),
+        interval=parsed.interval,
+        confidence=parsed.confidence,
+    )
+    for part in terminal_comparison(comparison):
+        console.print(part, soft_wrap=not isinstance(part, Table))
+    if parsed.out:
+        files = write_comparison(comparison, parsed.out, command)
+        console.print(f"{len(files)} files in {_escape(parsed.out)}", soft_wrap=True)
+    if parsed.fail_if_worse is None:
+        return 0
+    return _close_gate(console, find_regressions(comparison, parsed.fail_if_worse), parsed.fail_if_worse)
+
+
+def _compare_published(parsed: argparse.Namespace, console: Console, command: str, sides: dict[str, list[Any]]) -> int:
+    from harness.published import load_published, published_names
+    from harness.registry import scope_of_method
+    from harness.reproduction import find_shortfalls, judge_numbers, terminal_judgements, write_judgements
+
+    names = [name for word in parsed.published for name in (published_names() if word == "all" else [word])]
+    judgements, absent = judge_numbers(sides, [load_published(name) for name in dict.fromkeys(names)], scope_of_method)
+    console.print(terminal_judgements(judgements, len(sides) > 1))
+    console.print(f"{absent} more published numbers have a method or dataset that was not run")
+    if parsed.out:
+        files = write_judgements(judgements, absent, parsed.out, command)
+        console.print(f"{len(files)} files in {_escape(parsed.out)}", soft_wrap=True)
+    if parsed.fail_if_worse is None:
+        return 0
+    return _close_gate(console, find_shortfalls(judgements, parsed.fail_if_worse), parsed.fail_if_worse)
+
+
+def _close_gate(console: Console, reasons: Sequence[str], margin: float) -> int:
+    for reason in reasons:
+        console.print(f"[red]worse:[/] {_escape(reason)}", soft_wrap=True)
+    if not reasons:
+        console.print(f"[green]no mean lost more than {100 * margin:g} points[/]")
+    return 1 if reasons else 0
+
+
+def _leaderboard(parsed: argparse.Namespace, console: Console, command: str) -> int:
+    from harness.leaderboard import boards_csv, build_boards, newest_rows, terminal_board
+    from harness.sources import keep_rows, open_any, open_experiment, parse_conditions
+
+    conditions = parse_conditions(parsed.where)
+    with console.status("reading"):
+        words = parsed.places or ([] if parsed.experiment else [parsed.root])
+        sources = [open_any(word, parsed.root, parsed.tracking_uri) for word in words]
+        if parsed.experiment:
+            sources += open_experiment(parsed.tracking_uri, parsed.experiment, parsed.root)
+    rows = keep_rows([row for source in sources for row in source.rows], conditions)
+    boards = build_boards(newest_rows(rows), parsed.metric)
+    for board in boards:
+        console.print(terminal_board(board))
+    if parsed.out:
+        Path(parsed.out).write_text(boards_csv(boards), encoding="utf-8")
+        console.print(f"written to {_escape(parsed.out)}", soft_wrap=True)
     return 0
 
 

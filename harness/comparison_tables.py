@@ -174,7 +174,7 @@ def deltas_csv(comparison: Comparison) -> str:
         counts = [delta.num_places, delta.num_missing, *delta.num_seeds]
         values = [delta.candidate_value, delta.baseline_value, delta.value, *ends, delta.total.p_value()]
         rows.append([*axes, *counts, *values, delta.adjusted_p, delta.verdict, delta.note])
-    return _csv(header, rows)
+    return csv_text(header, rows)
 
 
 def ranks_csv(comparison: Comparison) -> str:
@@ -185,10 +185,11 @@ def ranks_csv(comparison: Comparison) -> str:
         for metric, ranks in comparison.ranks.items()
         for name, rank in zip(ranks.names, ranks.ranks, strict=True)
     ]
-    return _csv(header, rows)
+    return csv_text(header, rows)
 
 
-def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A CSV file; None is an empty field."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
