@@ -196,11 +196,11 @@ def line_texts(places: Iterable[Place]) -> dict[Place, str]:
         for name, value in params[line].items()
         if any(other.method == line.method and params[other].get(name, value) != value for other in lines)
     }
-    per_backbone = {(line.backbone, line.layers) for line in lines}
+    per_backbone = {(line.method, line.backbone, line.layers) for line in lines}
     per_dataset = {(place.dataset, place.shots) for place in known}
     shown = {
         "representation": len({line.representation for line in lines}) > 1,
-        "layers": len(per_backbone) > len({backbone for backbone, _ in per_backbone}),
+        "layers": len(per_backbone) > len({key[:2] for key in per_backbone}),
         "shots": len(per_dataset) > len({dataset for dataset, _ in per_dataset}),
         "protocol": len({line.protocol for line in lines}) > 1,
     }
