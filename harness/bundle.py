@@ -50,7 +50,7 @@ class ImageScores:
     def of(cls, columns: Mapping[str, Sequence[Any]]) -> ImageScores:
         """From the columns of `Store.load_scores`."""
         folder = os.path.commonpath([os.path.dirname(path) for path in columns["path"]])
-        images = tuple(os.path.relpath(path, folder) for path in columns["path"])
+        images = tuple(path[len(folder) :].lstrip("/") for path in columns["path"])
         return cls(images, np.array(columns["label"]), np.array(columns["image_score"], dtype=np.float64))
 
     def reorder(self, images: Sequence[str]) -> ImageScores | None:

@@ -17,10 +17,13 @@ from harness.intervals import (
     IMAGE_METRICS,
     Estimate,
     add_variances,
-    bootstrap,
-    delong,
     difference_over_seeds,
     mean_over_seeds,
+    placements,
+    plain_metric,
+    resample,
+    weigh_placements,
+    weigh_replicates,
     weighted_metric,
 )
 from harness.matching import Pair
@@ -30,26 +33,52 @@ LoadScores = Callable[[str], "ImageScores | None"]
 
 
 class Scores:
-    """Image scores of cells, each read once and checked to be those behind the row's number."""
+    """Image scores of cells, each read once, with their images in one order and what is made of them kept."""
 
     def __init__(self, load: LoadScores) -> None:
         self._load = load
         self._read: dict[str, ImageScores | None] = {}
+        self._placed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._counts: dict[tuple[str, str, bytes], np.ndarray | None] = {}
+        self._replicates: dict[tuple[str, str], np.ndarray] = {}
 
     def of(self, row: ResultRow) -> ImageScores | None:
+        """The scores of a cell, sorted by image; None where there are none, or they are not those behind its number."""
         if row.cell_id not in self._read:
             found = self._load(row.cell_id)
-            if found is not None and not _belongs(found, row):
-                found = None
-            self._read[row.cell_id] = found
+            if found is not None:
+                found = found.reorder(sorted(found.images))
+            self._read[row.cell_id] = found if found is not None and _belongs(found, row) else None
         return self._read[row.cell_id]
+
+    def placements(self, cell_id: str) -> tuple[np.ndarray, np.ndarray]:
+        """(m,) and (n,) placements of a cell that `of` has given."""
+        if cell_id not in self._placed:
+            found = self._read[cell_id]
+            assert found is not None
+            beats, beaten = placements(found.score[None], found.label)
+            self._placed[cell_id] = beats[0], beaten[0]
+        return self._placed[cell_id]
+
+    def replicates(self, metric: str, cell_id: str, test_set: tuple[str, str]) -> np.ndarray | None:
+        """(R,) metric of such a cell in the replicates of its test set; None where there are too few images."""
+        found = self._read[cell_id]
+        assert found is not None
+        key = (*test_set, found.label.tobytes())
+        if key not in self._counts:
+            self._counts[key] = resample(found.label, derive_seed("bootstrap", *test_set))
+        counts = self._counts[key]
+        if counts is None:
+            return None
+        if (metric, cell_id) not in self._replicates:
+            self._replicates[metric, cell_id] = weighted_metric(metric, found.score, found.label, counts)
+        return self._replicates[metric, cell_id]
 
 
 def _belongs(scores: ImageScores, row: ResultRow) -> bool:
     if len(np.unique(scores.label)) < 2:
         return False
-    ones = np.ones((1, scores.label.size), dtype=np.int64)
-    value = weighted_metric("image_auroc", scores.score, scores.label, ones)[0]
+    value = plain_metric("image_auroc", scores.score, scores.label)
     return abs(value - row.metrics.get("image_auroc", np.nan)) < 1e-6
 
 
@@ -82,24 +111,29 @@ class Estimator:
             return Estimate(value)
         return add_variances(value, [part for part in parts if part is not None])
 
-    def _on_one_test_set(self, key: tuple[str, str], terms: Sequence[tuple[float, ResultRow]]) -> Estimate | None:
+    def _on_one_test_set(self, test_set: tuple[str, str], terms: Sequence[tuple[float, ResultRow]]) -> Estimate | None:
         terms = [(weight, row) for weight, row in terms if abs(weight) > 1e-12]
         if not terms:
             return Estimate(0.0, 0.0)
-        first = self.scores.of(terms[0][1])
-        if first is None:
-            return None
-        aligned = []
-        for _, row in terms:
-            found = self.scores.of(row)
-            same = None if found is None else found.reorder(first.images)
-            if same is None or not np.array_equal(same.label, first.label):
+        found = [self.scores.of(row) for _, row in terms]
+        first = found[0]
+        for each in found:
+            if first is None or each is None or each.images != first.images:
                 return None
-            aligned.append(same.score)
-        stacked, weights = np.stack(aligned), np.array([weight for weight, _ in terms])
+            if not np.array_equal(each.label, first.label):
+                return None
+        weights = np.array([weight for weight, _ in terms])
+        cells = [row.cell_id for _, row in terms]
         if self.metric == "image_auroc" and self.interval == "delong":
-            return delong(stacked, first.label, weights)
-        return bootstrap(self.metric, stacked, first.label, weights, derive_seed("bootstrap", *key))
+            placed = [self.scores.placements(cell_id) for cell_id in cells]
+            return weigh_placements(
+                np.stack([beats for beats, _ in placed]), np.stack([last for _, last in placed]), weights
+            )
+        replicates = [self.scores.replicates(self.metric, cell_id, test_set) for cell_id in cells]
+        if any(each is None for each in replicates):
+            return None
+        value = sum(weight * row.metrics[self.metric] for weight, row in terms)
+        return weigh_replicates(value, np.stack([each for each in replicates if each is not None]), weights)
 
     def over_seeds(self, pairs: Sequence[Pair], weights: Sequence[float]) -> Estimate:
         """Differences per seed where both sides have the same seeds, else the spread of each side."""

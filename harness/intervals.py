@@ -26,7 +26,8 @@ from scipy.stats import t as student_t
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1_max")
 """Metrics that image scores alone determine."""
 
-_CHUNK = 250  # replicates at once: bounds memory at 250 * N counts per curve
+NUM_REPLICATES = 1000
+"""Of a bootstrap; its standard error is then known to about 2 %."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,11 @@ def delong(scores: np.ndarray, label: np.ndarray, weights: np.ndarray) -> Estima
         The sum; without a variance where a class has fewer than two images, and where the images show none although
         the sum is not zero, because then they are too few to tell.
     """
-    beats, beaten = placements(scores, label)
+    return weigh_placements(*placements(scores, label), weights)
+
+
+def weigh_placements(beats: np.ndarray, beaten: np.ndarray, weights: np.ndarray) -> Estimate:
+    """As `delong`, from the placements (K, m) and (K, n) of the detectors."""
     value = float(weights @ beats.mean(axis=1))
     if min(beats.shape[1], beaten.shape[1]) < 2:
         return Estimate(value)
@@ -120,41 +125,72 @@ def _checked(value: float, estimate: Estimate) -> Estimate:
     return Estimate(0.0, 0.0) if abs(value) < 1e-9 else Estimate(value)
 
 
-def weighted_metric(metric: str, scores: np.ndarray, label: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def weighted_metric(metric: str, score: np.ndarray, label: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """A metric of image scores when every image counts several times or not at all.
 
     Args:
         metric: name in `IMAGE_METRICS`.
-        scores: (N,) higher = more anomalous.
+        score: (N,) higher = more anomalous.
         label: (N,) 0 normal, 1 anomalous.
-        counts: (R, N) how often each image counts; every row has images of both classes.
+        counts: (N, R) float, how often each image counts; every column has images of both classes.
 
     Returns:
         (R,) values in [0, 1].
     """
-    order = np.argsort(-scores, kind="stable")
-    last = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # of each group of equal scores
-    sorted_counts, is_anomalous = counts[:, order], label[order] == 1
-    hits = np.cumsum(sorted_counts * is_anomalous, axis=1)[:, last].astype(float)  # (R, thresholds)
-    alarms = np.cumsum(sorted_counts * ~is_anomalous, axis=1)[:, last].astype(float)
-    num_anomalous, num_normal = hits[:, -1], alarms[:, -1]
+    order = np.argsort(-score, kind="stable")
+    last = np.flatnonzero(np.diff(score[order], append=-np.inf))  # of each group of equal scores
+    sorted_counts = counts[order]
+    chosen = np.cumsum(sorted_counts, axis=0)
+    hits = np.cumsum(sorted_counts * (label[order] == 1)[:, None].astype(counts.dtype), axis=0)
+    if len(last) < len(order):
+        chosen, hits = chosen[last], hits[last]  # (thresholds, R)
+    num_anomalous, num_normal = hits[-1], chosen[-1] - hits[-1]
     if metric == "image_auroc":
-        heights = (hits + np.pad(hits, ((0, 0), (1, 0)))[:, :-1]) / 2
-        return (np.diff(alarms, axis=1, prepend=0) * heights).sum(axis=1) / (num_anomalous * num_normal)
+        heights = (hits + _before(hits)) / 2
+        return (_steps(chosen - hits) * heights).sum(axis=0) / (num_anomalous * num_normal)
     if metric == "image_ap":
-        precision = hits / np.maximum(hits + alarms, 1)
-        return (np.diff(hits, axis=1, prepend=0) * precision).sum(axis=1) / num_anomalous
+        return (_steps(hits) * hits / np.maximum(chosen, 1)).sum(axis=0) / num_anomalous
     if metric == "image_f1_max":
-        return (2 * hits / (hits + alarms + num_anomalous[:, None])).max(axis=1)
+        return (2 * hits / (chosen + num_anomalous)).max(axis=0)
     raise ValueError(f"{metric!r} is no metric of image scores; known: {', '.join(IMAGE_METRICS)}")
 
 
+def _before(values: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros_like(values[:1]), values[:-1]])
+
+
+def _steps(values: np.ndarray) -> np.ndarray:
+    return values - _before(values)
+
+
+def resample(label: np.ndarray, seed: int, num_replicates: int = NUM_REPLICATES) -> np.ndarray | None:
+    """How often each image is drawn in each replicate; every class keeps its size.
+
+    Returns:
+        (N, R) float32, or None where a class has fewer than two images.
+    """
+    classes = [np.flatnonzero(label == name) for name in (0, 1)]
+    if min(len(members) for members in classes) < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    counts = np.zeros((label.size, num_replicates), dtype=np.float32)
+    for members in classes:
+        shares = np.full(len(members), 1 / len(members))
+        counts[members] = generator.multinomial(len(members), shares, size=num_replicates).T
+    return counts
+
+
 def bootstrap(
-    metric: str, scores: np.ndarray, label: np.ndarray, weights: np.ndarray, seed: int, num_replicates: int = 1000
+    metric: str,
+    scores: np.ndarray,
+    label: np.ndarray,
+    weights: np.ndarray,
+    seed: int,
+    num_replicates: int = NUM_REPLICATES,
 ) -> Estimate:
     """A weighted sum of a metric of K detectors on the same images, its variance by resampling the images.
 
-    All detectors see the same resampled images, and each class keeps its size.
+    All detectors see the same resampled images.
 
     Args:
         metric: name in `IMAGE_METRICS`.
@@ -167,22 +203,22 @@ def bootstrap(
     Returns:
         The sum, without a variance in the cases that `delong` names.
     """
-    ones = np.ones((1, label.size), dtype=np.int64)
-    value = float(sum(w * weighted_metric(metric, row, label, ones)[0] for w, row in zip(weights, scores, strict=True)))
-    classes = [np.flatnonzero(label == name) for name in (0, 1)]
-    if min(len(members) for members in classes) < 2:
+    value = float(sum(w * plain_metric(metric, row, label) for w, row in zip(weights, scores, strict=True)))
+    counts = resample(label, seed, num_replicates)
+    if counts is None:
         return Estimate(value)
-    generator = np.random.default_rng(seed)
-    sums = np.zeros(num_replicates)
-    for start in range(0, num_replicates, _CHUNK):
-        rows = slice(start, min(start + _CHUNK, num_replicates))
-        counts = np.zeros((rows.stop - rows.start, label.size), dtype=np.int64)
-        for members in classes:
-            shares = np.full(len(members), 1 / len(members))
-            counts[:, members] = generator.multinomial(len(members), shares, size=len(counts))
-        for weight, row in zip(weights, scores, strict=True):
-            sums[rows] += weight * weighted_metric(metric, row, label, counts)
-    return _checked(value, Estimate(value, float(np.var(sums, ddof=1))))
+    replicates = np.stack([weighted_metric(metric, row, label, counts) for row in scores])
+    return weigh_replicates(value, replicates, weights)
+
+
+def plain_metric(metric: str, score: np.ndarray, label: np.ndarray) -> float:
+    """The metric when every image counts once."""
+    return float(weighted_metric(metric, score, label, np.ones((label.size, 1)))[0])
+
+
+def weigh_replicates(value: float, replicates: np.ndarray, weights: np.ndarray) -> Estimate:
+    """As `bootstrap`, from the metric (K, R) of every detector in every replicate."""
+    return _checked(value, Estimate(value, float(np.var(weights @ replicates, ddof=1))))
 
 
 # --- over seeds --------------------------------------------------------------------------------------------------

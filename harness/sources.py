@@ -34,7 +34,11 @@ class Source:
 
 def load_any_scores(sources: Iterable[Source], cell_id: str) -> ImageScores | None:
     """Image scores of one cell from whichever source has them; equal ids mean equal scores."""
-    for source in sources:
+    listed = list(sources)
+    for source in listed:
+        if cell_id in source.scores:
+            return source.scores[cell_id]
+    for source in listed:
         found = source.load_scores(cell_id)
         if found is not None:
             return found

@@ -98,7 +98,7 @@ def test_contestants_that_do_not_differ_are_joined():
     close = average_ranks(["a", "b", "c"], np.array([[0.9, 0.8, 0.7]] * 2 + [[0.7, 0.8, 0.9]]))
     apart = average_ranks(["a", "b", "c"], np.array([[0.9, 0.8, 0.7]] * 60))
     assert count(drawn(draw_ranks, close, "Image AUROC"), HATCH) > 1000
-    assert count(drawn(draw_ranks, apart, "Image AUROC"), HATCH) == 0
+    assert count(drawn(draw_ranks, apart, "Image AUROC"), HATCH) < 100  # the softened edges of letters
 
 
 @pytest.mark.parametrize("number", [2, 3, 9])
