@@ -24,6 +24,7 @@ _BLOCKING_FACTS = {"truth_fingerprint": "ground truth of the test images", "metr
 _TOLD_FACTS = {
     "weights_fingerprint": "weights of the backbone",
     "method_version": "version of the method",
+    "representation_artifact": "trained representation",
     "images_fingerprint": "images",
     "git_commit": "commit of adgrid",
 }
@@ -346,7 +347,8 @@ def _tell_facts(pairs: Sequence[Pair], axis: str) -> list[str]:
     """Facts outside the axis in which compared rows differ, with the number of pairs."""
     skipped = {
         "method": {"method_version"},
-        "backbone": {"weights_fingerprint"},
+        "backbone": {"weights_fingerprint", "representation_artifact"},
+        "representation": {"representation_artifact"},
         "shots": {"images_fingerprint"},
     }.get(axis, set())
     notes = []
@@ -361,6 +363,15 @@ def _tell_facts(pairs: Sequence[Pair], axis: str) -> list[str]:
             differing += bool(known[0] and known[1] and known[0] != known[1])
         if differing:
             notes.append(f"{title}: not the same in {differing} of {len(pairs)} pairs")
+    stamps: dict[str, int] = {}
+    for pair in pairs:
+        ours, theirs = (
+            {stamp for row in rows for stamp in row.stamps} - {"rescored"}
+            for rows in (pair.candidate_rows, pair.baseline_rows)
+        )
+        for stamp in sorted(ours ^ theirs):
+            stamps[stamp] = stamps.get(stamp, 0) + 1
+    notes += [f"{stamp}: said of one side alone in {number} of {len(pairs)} pairs" for stamp, number in stamps.items()]
     seeds = sum(_seeds(pair.baseline_rows) != _seeds(pair.candidate_rows) for pair in pairs)
     if seeds and axis != "seed":
         notes.append(f"seeds: not the same in {seeds} of {len(pairs)} pairs, so they are not paired by seed")

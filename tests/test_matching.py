@@ -141,3 +141,8 @@ def test_a_finished_row_counts_before_a_failed_one_and_then_the_newer():
     assert found.pairs[0].candidate_rows[0].metrics == {"image_auroc": 0.9}
     newer = dataclasses.replace(failed, provenance={"finished_at": "3"}, reason="newer")
     assert "newer" in reasons(match([toy_row(0.8)], [failed, newer]))[0]
+
+
+def test_stamps_of_one_side_alone_are_noted():
+    found = match([toy_row(stamps=("rescored", "both say"))], [toy_row(stamps=("both say", "one says"))])
+    assert found.notes == ("one says: said of one side alone in 1 of 1 pairs",)
