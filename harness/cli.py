@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "runs", nargs="+", metavar="RUN", help="run id, run folder or mlflow:RUN; the first is the baseline"
     )
-    compare.add_argument("--axis", default="run", help="what is compared: run, method, backbone, representation, ...")
+    compare.add_argument("--axis", default="run", help="what is compared: run, method, backbone, method+backbone, ...")
     compare.add_argument("--baseline", help="value of the axis that others are compared with (default: the first)")
     compare.add_argument("--ignore", action="append", default=[], help="field that may differ as well, such as layers")
     _add_where(compare)
@@ -342,7 +342,7 @@ def _compare(parsed: argparse.Namespace, console: Console, command: str) -> int:
         interval=parsed.interval,
         confidence=parsed.confidence,
     )
-    for part in terminal_comparison(comparison):
+    for part in terminal_comparison(comparison, console.width):
         console.print(part, soft_wrap=not isinstance(part, Table))
     if parsed.out:
         files = write_comparison(comparison, parsed.out, command)

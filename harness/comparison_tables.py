@@ -69,12 +69,12 @@ def describe_ranks(ranks: AverageRanks) -> str:
     test = "Wilcoxon" if len(ranks.names) == 2 else "Friedman"
     return (
         f"average ranks over {ranks.num_tests} categories (1 = best): {listed}; two differ where they are "
-        f"{ranks.critical_difference:.2f} apart (Nemenyi); {test} p = {_p(ranks.p_value)}"
+        f"{ranks.critical_difference:.2f} apart (Nemenyi); {test} p {'' if ranks.p_value < 0.001 else '= '}{_p(ranks.p_value)}"
     )
 
 
 def _points(value: float) -> str:
-    return f"{100 * value:+.2f}"
+    return f"{round(100 * value, 2) + 0.0:+.2f}"  # no minus before a zero
 
 
 def _interval(estimate: Estimate, confidence: float) -> str:
@@ -122,8 +122,8 @@ def _columns(comparison: Comparison, metric: str, deltas: Sequence[Delta]) -> tu
 # --- terminal ----------------------------------------------------------------------------------------------------
 
 
-def terminal_comparison(comparison: Comparison) -> Iterator[RenderableType]:
-    """Tables and lines for a terminal; categories only where they fit."""
+def terminal_comparison(comparison: Comparison, width: int) -> Iterator[RenderableType]:
+    """Tables and lines for a terminal of `width` letters; no table of more than 60 rows."""
     for metric in comparison.metrics:
         for level in _LEVELS:
             deltas = comparison.select(metric, level)
@@ -132,26 +132,43 @@ def terminal_comparison(comparison: Comparison) -> Iterator[RenderableType]:
             if len(deltas) > _MAX_TERMINAL_ROWS:
                 yield Text(f"{len(deltas)} rows of level {level} are not shown; --out DIR writes them", style="dim")
                 continue
-            yield _terminal_table(comparison, metric, deltas, level)
+            yield _terminal_table(comparison, metric, deltas, level, width)
         if metric in comparison.ranks:
             yield Text(describe_ranks(comparison.ranks[metric]))
     for line in describe_reasons(comparison):
         yield Text(line, style="yellow")
 
 
-def _terminal_table(comparison: Comparison, metric: str, deltas: Sequence[Delta], level: Level) -> Table:
-    title = (
-        f"{METRICS[metric].title} [%], {describe_comparison(comparison)}" if level == "everything" else f"per {level}"
+def _terminal_table(comparison: Comparison, metric: str, deltas: Sequence[Delta], level: Level, width: int) -> Table:
+    title = f"{METRICS[metric].title} [%], {describe_comparison(comparison)}"
+    table = Table(
+        title=Text(title if level == "everything" else f"per {level}", style="bold"),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
-    table = Table(title=Text(title, style="bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     header, rows = _columns(comparison, metric, deltas)
+    widths = [max(len(texts[number]) for texts in (header, *rows)) for number in range(len(header))]
+    if sum(widths) + 3 * len(widths) > width:
+        header, rows = _narrow(header, rows)
     first_number = header.index("on") + 1
     for number, name in enumerate(header):
         is_text = number < first_number or name == "verdict"
-        table.add_column(Text(name), overflow="fold", justify="left" if is_text else "right", no_wrap=not is_text)
+        # Names are folded, numbers never cut.
+        least = 15 if is_text else max(len(texts[number]) for texts in (header, *rows))
+        table.add_column(Text(name), overflow="fold", justify="left" if is_text else "right", min_width=least)
     for delta, texts in zip(deltas, rows, strict=True):
         table.add_row(*(Text(text) for text in texts[:-1]), Text(texts[-1], style=_STYLES[delta.verdict]))
     return table
+
+
+def _narrow(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The same with one column for all names, and with nothing but the difference, its interval and the verdict."""
+    last_name = header.index("on")
+    kept = [number for number, name in enumerate(header) if name == "difference" or name.endswith("% interval")]
+    kept.append(len(header) - 1)
+    narrow = [[" · ".join(texts[: last_name + 1]), *(texts[number] for number in kept)] for texts in rows]
+    return ["on", *(header[number] for number in kept)], narrow
 
 
 # --- files -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from harness.matrices import NO_BACKBONE, show_value
 from harness.registry import suggest
 
 AXES = ("run", "method", "backbone", "representation", "layers", "shots", "seed")
-"""Axes that can be compared; `params.<field>` is one too."""
+"""Axes that can be compared; `params.<field>` is one too, and several joined by `+` are compared as one."""
 
 _FREED = {"method": ("method", "params", "layers"), "backbone": ("backbone", "layers")}
 """Fields that follow from the axis compared; other axes free themselves alone."""
@@ -98,7 +98,7 @@ def match_rows(
     Args:
         sides: rows by the name of the run. With the axis `run` the runs are compared; with another axis their rows are
             taken together.
-        axis: one of `AXES`, or `params.<field>`.
+        axis: one of `AXES` or `params.<field>`, or several of them joined by `+`, such as `method+backbone`.
         baseline: the value that others are compared with; None for the first.
         ignore: fields that may differ as well: `layers`, `shots`, `params` or `params.<field>`.
 
@@ -139,8 +139,9 @@ def match_rows(
 
 
 def _check_names(axis: str, ignore: Sequence[str]) -> None:
-    if axis not in AXES and not axis.startswith("params."):
-        raise AdgridError(f"--axis {axis}: unknown axis{suggest(axis, (*AXES, 'params.<field>'))}")
+    for name in axis.split("+"):
+        if name not in AXES and not name.startswith("params."):
+            raise AdgridError(f"--axis {axis}: unknown axis {name!r}{suggest(name, (*AXES, 'params.<field>'))}")
     for field in ignore:
         if field not in ("layers", "shots", "params") and not field.startswith("params."):
             known = ("layers", "shots", "params", "params.<field>")
@@ -152,17 +153,19 @@ def _check_names(axis: str, ignore: Sequence[str]) -> None:
 
 def _group(sides: Mapping[str, Sequence[ResultRow]], axis: str, ignore: Sequence[str]) -> dict[str, dict[Place, Group]]:
     """Value of the axis -> place -> seed -> row, in order of appearance."""
-    freed = {*_FREED.get(axis, (axis,)), *ignore}
+    axes = axis.split("+")
+    freed = {field for name in axes for field in _FREED.get(name, (name,))} | set(ignore)
     groups: dict[str, dict[Place, Group]] = {name: {} for name in sides} if axis == "run" else {}
     for name, rows in sides.items():
         for row in rows:
-            value = name if axis == "run" else axis_value(row, axis)
-            if value is None:
+            values = [name if each == "run" else axis_value(row, each) for each in axes]
+            known_values = [value for value in values if value is not None]
+            if not known_values:
                 continue
-            group = groups.setdefault(value, {}).setdefault(_place(row, freed), {})
+            group = groups.setdefault(" · ".join(known_values), {}).setdefault(_place(row, freed), {})
             known = group.get(row.seed)
             group[row.seed] = row if known is None else _choose(known, row)
-    if axis == "method":
+    if "method" in axes and "backbone" not in axes:
         _spread_without_backbone(groups)
     return groups
 
@@ -263,12 +266,12 @@ def _match(place: Place, candidate: str, baseline: str, ours: Group, theirs: Gro
 def _find_differences(pair: Pair, axis: str) -> list[str]:
     """What keeps the rows of a pair from being compared though they stand at the same place."""
     baseline, candidate = pair.baseline_rows[0], pair.candidate_rows[0]
-    left_open = {"method": "method", "backbone": "backbone"}.get(axis)
+    axes = axis.split("+")
     found = []
     for name in dict.fromkeys([*baseline.resolved_protocol, *candidate.resolved_protocol]):
         values = [row.resolved_protocol.get(name) for row in (baseline, candidate)]
         # What the protocol leaves to the axis compared may differ: that is how the paper or the weights want it.
-        if values[0] != values[1] and baseline.protocol.get(name) != (left_open or ""):
+        if values[0] != values[1] and baseline.protocol.get(name) not in axes:
             found.append(_tell(f"protocol.{name}", *values))
     for key, title in _BLOCKING_FACTS.items():
         known = _fact(pair.baseline_rows, key), _fact(pair.candidate_rows, key)
@@ -345,12 +348,13 @@ def _tell_ignored(ignore: Sequence[str]) -> list[str]:
 
 def _tell_facts(pairs: Sequence[Pair], axis: str) -> list[str]:
     """Facts outside the axis in which compared rows differ, with the number of pairs."""
-    skipped = {
+    follows = {
         "method": {"method_version"},
         "backbone": {"weights_fingerprint", "representation_artifact"},
         "representation": {"representation_artifact"},
         "shots": {"images_fingerprint"},
-    }.get(axis, set())
+    }
+    skipped = {key for name in axis.split("+") for key in follows.get(name, ())}
     notes = []
     for key, title in _TOLD_FACTS.items():
         if key in skipped:
@@ -373,7 +377,7 @@ def _tell_facts(pairs: Sequence[Pair], axis: str) -> list[str]:
             stamps[stamp] = stamps.get(stamp, 0) + 1
     notes += [f"{stamp}: said of one side alone in {number} of {len(pairs)} pairs" for stamp, number in stamps.items()]
     seeds = sum(_seeds(pair.baseline_rows) != _seeds(pair.candidate_rows) for pair in pairs)
-    if seeds and axis != "seed":
+    if seeds and "seed" not in axis.split("+"):
         notes.append(f"seeds: not the same in {seeds} of {len(pairs)} pairs, so they are not paired by seed")
     return notes
 

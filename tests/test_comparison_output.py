@@ -31,9 +31,9 @@ def comparison():
     return compare_rows({"run": rows}, scored.load, axis="method")
 
 
-def shown(comparison):
-    console = Console(width=200, file=io.StringIO())
-    for part in terminal_comparison(comparison):
+def shown(comparison, width=200):
+    console = Console(width=width, file=io.StringIO())
+    for part in terminal_comparison(comparison, width):
         console.print(part)
     return console.file.getvalue()
 
@@ -55,6 +55,14 @@ def test_the_terminal_shows_every_level_with_its_verdict(comparison):
         assert line in text
     assert "not compared, 1 place of weak: only in weak" in text
     assert "average ranks over 3 categories (1 = best): strong 1.00" in text
+
+
+def test_a_narrow_terminal_folds_names_and_cuts_no_number(comparison):
+    text = " ".join(shown(comparison, 80).split())
+    assert "over seeds" not in text
+    for delta in comparison.select("image_auroc", "category"):
+        low, high = delta.total.interval()
+        assert f"{100 * delta.value:+.2f} {100 * low:+.2f} … {100 * high:+.2f}" in text
 
 
 def test_numbers_in_files_are_rates_and_intervals_hold_the_difference(comparison):

@@ -146,3 +146,11 @@ def test_a_finished_row_counts_before_a_failed_one_and_then_the_newer():
 def test_stamps_of_one_side_alone_are_noted():
     found = match([toy_row(stamps=("rescored", "both say"))], [toy_row(stamps=("both say", "one says"))])
     assert found.notes == ("one says: said of one side alone in 1 of 1 pairs",)
+
+
+def test_several_axes_are_compared_as_one():
+    rows = [toy_row(method=method, backbone=name) for method in ("padim", "patchcore") for name in ("r18", "r50")]
+    rows.append(toy_row(method="draem", backbone=None))
+    found = match_rows({"a": rows}, "method+backbone", "draem")
+    assert found.candidates == ("padim · r18", "padim · r50", "patchcore · r18", "patchcore · r50")
+    assert (len(found.pairs), found.unmatched) == (4, ())
