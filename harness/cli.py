@@ -320,81 +320,15 @@ def _report(parsed: argparse.Namespace, console: Console, command: str) -> int:
 
 
 def _compare(parsed: argparse.Namespace, console: Console, command: str) -> int:
-    from harness.compare import compare_rows, find_regressions
-    from harness.comparison_tables import terminal_comparison, write_comparison
-    from harness.sources import keep_rows, load_any_scores, name_apart, open_run, parse_conditions
+    from harness.compare_commands import compare_runs
 
-    if not 0 < parsed.confidence < 1:
-        raise AdgridError(f"--confidence {parsed.confidence:g}: must lie between 0 and 1, such as 0.95")
-    conditions = parse_conditions(parsed.where)
-    with console.status("reading"):
-        sources = name_apart([open_run(word, parsed.root, parsed.tracking_uri) for word in parsed.runs])
-    sides = {name: keep_rows(source.rows, conditions) for name, source in sources.items()}
-    if parsed.published:
-        return _compare_published(parsed, console, command, sides)
-    comparison = compare_rows(
-        sides,
-        lambda cell_id: load_any_scores(sources.values(), cell_id),
-        axis=parsed.axis,
-        baseline=parsed.baseline,
-        ignore=parsed.ignore,
-        metrics=tuple(dict.fromkeys(parsed.metrics or ["image_auroc"])),
-        interval=parsed.interval,
-        confidence=parsed.confidence,
-    )
-    for part in terminal_comparison(comparison, console.width):
-        console.print(part, soft_wrap=not isinstance(part, Table))
-    if parsed.out:
-        files = write_comparison(comparison, parsed.out, command)
-        console.print(f"{len(files)} files in {_escape(parsed.out)}", soft_wrap=True)
-    if parsed.fail_if_worse is None:
-        return 0
-    return _close_gate(console, find_regressions(comparison, parsed.fail_if_worse), parsed.fail_if_worse)
-
-
-def _compare_published(parsed: argparse.Namespace, console: Console, command: str, sides: dict[str, list[Any]]) -> int:
-    from harness.published import load_published, published_names
-    from harness.registry import scope_of_method
-    from harness.reproduction import find_shortfalls, judge_numbers, terminal_judgements, write_judgements
-
-    names = [name for word in parsed.published for name in (published_names() if word == "all" else [word])]
-    judgements, absent = judge_numbers(sides, [load_published(name) for name in dict.fromkeys(names)], scope_of_method)
-    console.print(terminal_judgements(judgements, len(sides) > 1))
-    console.print(f"{absent} more published numbers have a method or dataset that was not run")
-    if parsed.out:
-        files = write_judgements(judgements, absent, parsed.out, command)
-        console.print(f"{len(files)} files in {_escape(parsed.out)}", soft_wrap=True)
-    if parsed.fail_if_worse is None:
-        return 0
-    return _close_gate(console, find_shortfalls(judgements, parsed.fail_if_worse), parsed.fail_if_worse)
-
-
-def _close_gate(console: Console, reasons: Sequence[str], margin: float) -> int:
-    for reason in reasons:
-        console.print(f"[red]worse:[/] {_escape(reason)}", soft_wrap=True)
-    if not reasons:
-        console.print(f"[green]no mean lost more than {100 * margin:g} points[/]")
-    return 1 if reasons else 0
+    return compare_runs(parsed, console, command)
 
 
 def _leaderboard(parsed: argparse.Namespace, console: Console, command: str) -> int:
-    from harness.leaderboard import boards_csv, build_boards, newest_rows, terminal_board
-    from harness.sources import keep_rows, open_any, open_experiment, parse_conditions
+    from harness.compare_commands import show_leaderboard
 
-    conditions = parse_conditions(parsed.where)
-    with console.status("reading"):
-        words = parsed.places or ([] if parsed.experiment else [parsed.root])
-        sources = [open_any(word, parsed.root, parsed.tracking_uri) for word in words]
-        if parsed.experiment:
-            sources += open_experiment(parsed.tracking_uri, parsed.experiment, parsed.root)
-    rows = keep_rows([row for source in sources for row in source.rows], conditions)
-    boards = build_boards(newest_rows(rows), parsed.metric)
-    for board in boards:
-        console.print(terminal_board(board))
-    if parsed.out:
-        Path(parsed.out).write_text(boards_csv(boards), encoding="utf-8")
-        console.print(f"written to {_escape(parsed.out)}", soft_wrap=True)
-    return 0
+    return show_leaderboard(parsed, console)
 
 
 def _datasets(parsed: argparse.Namespace, console: Console, command: str) -> int:

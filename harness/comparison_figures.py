@@ -54,20 +54,20 @@ def draw_deltas(comparison: Comparison, metric: str, target: str | Path | Binary
     canvas.text(_MARGIN, 0.57, subject, 9, colour=GREY)
 
     intervals = [delta.total.interval(comparison.confidence) for delta in deltas]
-    reach = max([abs(delta.value) for delta in deltas] + [abs(end) for ends in intervals if ends for end in ends])
-    step = _nice_step(reach or 0.01)
-    limit = step * math.ceil((reach or 0.01) / step - 1e-9)
+    ends_shown = [delta.value for delta in deltas] + [end for found in intervals if found for end in found]
+    low, high = min([0.0, *ends_shown]), max([0.0, *ends_shown])
+    step = _nice_step(high - low or 0.01)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    last += first == last
 
     def place(value: float) -> float:
-        return left + plot * (value + limit) / (2 * limit)
+        return left + plot * (value / step - first) / (last - first)
 
-    for number in range(round(2 * limit / step) + 1):
-        tick = -limit + number * step
-        is_zero = abs(tick) < step / 2
-        canvas.box(place(tick) - 0.004, top, 0.008, bottom - top, facecolor=INK if is_zero else PALE, linewidth=0)
-        canvas.text(
-            place(tick), bottom + 0.14, f"{100 * tick:+.4g}" if not is_zero else "0", 8, colour=GREY, across="center"
-        )
+    for number in range(first, last + 1):
+        x = place(number * step)
+        canvas.box(x - 0.004, top, 0.008, bottom - top, facecolor=PALE if number else INK, linewidth=0)
+        tick = f"{100 * number * step:+.4g}" if number else "0"
+        canvas.text(x, bottom + 0.14, tick, 8, colour=GREY, across="center")
     for number, (delta, label, ends) in enumerate(zip(deltas, labels, intervals, strict=True)):
         y = top + (number + 0.5) * row_height
         colour, is_mean = _COLOURS[delta.verdict], delta.level != "category"
@@ -94,10 +94,10 @@ def _label(delta: Delta, has_several: bool) -> str:
     return " · ".join(filter(None, [delta.candidate if has_several else "", delta.line, delta.dataset, where]))
 
 
-def _nice_step(reach: float) -> float:
-    """Distance of ticks: 1, 2 or 5 times a power of ten, three or four to a side."""
-    power = 10 ** math.floor(math.log10(reach / 3))
-    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= reach / 4)
+def _nice_step(length: float) -> float:
+    """Distance of ticks: 1, 2 or 5 times a power of ten, at most eight of them along the axis."""
+    power = 10.0 ** math.floor(math.log10(length / 8))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= length / 8)
 
 
 # --- ranks -------------------------------------------------------------------------------------------------------

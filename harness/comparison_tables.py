@@ -69,7 +69,7 @@ def describe_ranks(ranks: AverageRanks) -> str:
     test = "Wilcoxon" if len(ranks.names) == 2 else "Friedman"
     return (
         f"average ranks over {ranks.num_tests} categories (1 = best): {listed}; two differ where they are "
-        f"{ranks.critical_difference:.2f} apart (Nemenyi); {test} p {'' if ranks.p_value < 0.001 else '= '}{_p(ranks.p_value)}"
+        f"{ranks.critical_difference:.2f} apart (Nemenyi); {test} p {_p(ranks.p_value, '= ')}"
     )
 
 
@@ -82,18 +82,20 @@ def _interval(estimate: Estimate, confidence: float) -> str:
     return "–" if found is None else f"{_points(found[0])} … {_points(found[1])}"
 
 
-def _p(value: float | None) -> str:
+def _p(value: float | None, sign: str = "") -> str:
     if value is None:
         return "–"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "< 0.001" if value < 0.001 else f"{sign}{value:.3f}"
 
 
 def _where(delta: Delta) -> str:
     if delta.level == "category":
         return f"{delta.dataset}, {delta.category}"
-    missing = f" of {delta.num_places + delta.num_missing}" if delta.num_missing else ""
-    number = f"{delta.num_places}{missing} {'category' if delta.num_places + delta.num_missing == 1 else 'categories'}"
-    return f"{delta.dataset}, {number}" if delta.dataset else f"everything, {number}"
+    total = delta.num_places + delta.num_missing
+    number = f"{delta.num_places} of {total}" if delta.num_missing else str(total)
+    if delta.level == "everything":
+        return f"everything, {number} {'pair' if total == 1 else 'pairs'}"
+    return f"{delta.dataset}, {number} {'category' if total == 1 else 'categories'}"
 
 
 def _columns(comparison: Comparison, metric: str, deltas: Sequence[Delta]) -> tuple[list[str], list[list[str]]]:

@@ -7,13 +7,14 @@ known of its setting agrees; a field that the source does not tell is named besi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -221,46 +222,77 @@ def _tell(field: str, published: Any, ours: Any) -> str:
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
-def _texts(judgement: Judgement) -> list[str]:
-    number = judgement.number
-    sign = "+" if number.against is not None else ""
-    ours = "–" if judgement.ours is None else f"{100 * judgement.ours:{sign}.2f}"
-    reasons = list(judgement.reasons)
-    if judgement.unknown:
-        reasons.append(f"not told: {', '.join(judgement.unknown)}")
-    reasons += [number.evidence] if number.evidence in ("second-hand", "derived") else []
-    what = METRICS[number.metric].title + (f", gain over {number.against}" if number.against is not None else "")
-    where = number.dataset + (f", {number.category}" if number.category is not None else "")
+def _told_together(judgements: Sequence[Judgement]) -> list[list[Judgement]]:
+    """Metrics of one published row that cannot be compared for the same reasons share a line."""
+    groups: dict[tuple[object, ...], list[Judgement]] = {}
+    for place, judgement in enumerate(judgements):
+        number = judgement.number
+        key: tuple[object, ...] = (place,)
+        if judgement.verdict == "not comparable":
+            row = (number.method, number.backbone, number.dataset, number.category, number.representation)
+            known = (number.against, json.dumps(dict(number.params)), number.source)
+            key = (judgement.run, number.table, *row, *known, judgement.line, judgement.reasons)
+        groups.setdefault(key, []).append(judgement)
+    return list(groups.values())
+
+
+def _texts(judgements: Sequence[Judgement]) -> list[str]:
+    first = judgements[0]
+    number, sign = first.number, "+" if first.number.against is not None else ""
+    reasons = list(first.reasons)
+    if first.unknown:
+        reasons.append(f"not told: {', '.join(first.unknown)}")
+    what = ", ".join(METRICS[each.number.metric].title for each in judgements)
     return [
-        f"{number.table} ({number.evidence})", judgement.line, where, what, f"{100 * number.value:{sign}.2f}", ours,
-        judgement.verdict, "; ".join(reasons),
-    ]  # fmt: skip
+        f"{number.table} ({number.evidence})",
+        first.line,
+        number.dataset + (f", {number.category}" if number.category is not None else ""),
+        what + (f", gain over {number.against}" if number.against is not None else ""),
+        " / ".join(f"{100 * each.number.value:{sign}.2f}" for each in judgements),
+        " / ".join("–" if each.ours is None else f"{100 * each.ours:{sign}.2f}" for each in judgements),
+        first.verdict,
+        "; ".join(reasons),
+    ]
 
 
-_HEADER = ["published in", "ours", "on", "metric", "published", "ours", "verdict", "why"]
+def describe_judgements(judgements: Sequence[Judgement], absent: int) -> str:
+    """How many numbers met which fate, in one line."""
+    counts = {verdict: sum(each.verdict == verdict for each in judgements) for verdict in _STYLES}
+    listed = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
+    return f"{listed}; {absent} more published numbers have a method or dataset that was not run"
 
 
-def terminal_judgements(judgements: Sequence[Judgement], several_runs: bool) -> Table:
-    """Verdicts for a terminal, in percent."""
-    table = Table(
-        title=Text("Published numbers [%]", style="bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False
-    )
-    for name in ["run"] * several_runs + _HEADER:
-        table.add_column(Text(name), overflow="fold", justify="right" if name == "published" else "left")
-    for judgement in judgements:
-        texts = [Text(text) for text in [judgement.run] * several_runs + _texts(judgement)]
-        texts[-2].stylize(_STYLES[judgement.verdict])
-        table.add_row(*texts)
-    return table
+_HEADER = ["published in", "line", "on", "metric", "published", "here", "verdict", "why"]
+
+
+def terminal_judgements(judgements: Sequence[Judgement], several_runs: bool) -> Iterator[RenderableType]:
+    """Verdicts for a terminal, in percent: a table of what can be compared, then a line for everything else."""
+    groups = _told_together(judgements)
+    comparable = [group for group in groups if group[0].verdict != "not comparable"]
+    if comparable:
+        table = Table(title=Text("Published numbers [%]", style="bold"), title_justify="left", box=SIMPLE_HEAD)
+        for name in ["run"] * several_runs + _HEADER:
+            table.add_column(Text(name), overflow="fold", justify="right" if name in ("published", "here") else "left")
+        for group in comparable:
+            texts = [Text(text) for text in [group[0].run] * several_runs + _texts(group)]
+            texts[-2].stylize(_STYLES[group[0].verdict])
+            table.add_row(*texts)
+        yield table
+    for group in groups:
+        if group[0].verdict == "not comparable":
+            run = f"{group[0].run}, " * several_runs
+            source, line, where, metrics, published, here, _, why = _texts(group)
+            lead = f"{run}{source}, {where}, {metrics}: {published} published, {here} of {line}, not comparable: "
+            yield Text.assemble(lead, (why, "yellow"))
 
 
 def judgements_markdown(judgements: Sequence[Judgement], absent: int, command: str) -> str:
     """Verdicts as a Markdown page."""
-    rows = [[judgement.run, *_texts(judgement)] for judgement in judgements]
+    rows = [[group[0].run, *_texts(group)] for group in _told_together(judgements)]
     lines = ["# Published numbers", "", f"    {command}", "", *markdown_table(["run", *_HEADER], rows), ""]
     sources = dict.fromkeys(f"- {judgement.number.table}: {judgement.number.source}" for judgement in judgements)
     lines += ["Sources:", "", *sources, ""] if sources else []
-    lines += [f"{absent} more published numbers have a method or dataset that was not run.", ""]
+    lines += [f"{describe_judgements(judgements, absent)}.", ""]
     lines += ["Numbers in percent. Reproduced: within the tolerance of the source, all known settings equal.", ""]
     return "\n".join(lines)
 

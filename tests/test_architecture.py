@@ -18,7 +18,7 @@ LAYERS = [
     ["reference_source", "pretraining", "trial", "training"],
     ["space", "plan_representations", "plan", "progress", "dataset_check"],
     ["published", "matching", "estimates", "compare", "comparison_figures", "comparison_tables", "reproduction"],
-    ["sweep", "report", "leaderboard", "tracking", "mirrored", "sources"],
+    ["sweep", "report", "leaderboard", "tracking", "mirrored", "sources", "compare_commands"],
     ["run"],
     ["cli"],
 ]

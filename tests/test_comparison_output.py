@@ -51,7 +51,7 @@ def count(picture, colour):
 def test_the_terminal_shows_every_level_with_its_verdict(comparison):
     text = shown(comparison)
     assert "Image AUROC [%], method strong, weak, equal against plain" in text
-    for line in ("everything, 3 categories", "parts, bolt", "better", "worse", "not distinguishable", "over seeds"):
+    for line in ("everything, 3 pairs", "parts, bolt", "better", "worse", "not distinguishable", "over seeds"):
         assert line in text
     assert "not compared, 1 place of weak: only in weak" in text
     assert "average ranks over 3 categories (1 = best): strong 1.00" in text

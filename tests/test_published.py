@@ -210,7 +210,10 @@ def test_verdicts_are_written_for_people_and_programs(tmp_path):
     assert "1 more published numbers" in text
     header, line = judgements_csv(judgements).splitlines()
     assert dict(zip(header.split(","), line.split(","), strict=False))["verdict"] == "not reproduced"
-    assert terminal_judgements(judgements, True).row_count == 1
+    (shown,) = terminal_judgements(judgements, True)
+    assert shown.row_count == 1
+    (line,) = terminal_judgements(judge(table, rows(0.97, shots=4))[0], True)
+    assert "97.00 of patchcore · wide_resnet50_2 · plain, not comparable: shots: all published, 4 here" in line.plain
     assert {file.name for file in write_judgements(judgements, absent, tmp_path / "out", "c")} == {
         "published.md",
         "published.csv",

@@ -182,7 +182,7 @@ def test_one_axis_of_one_run_is_compared(call):
     code, out, _ = call("compare", "old-1", "--axis", "method", "--metric", "image_ap", "--where", "category=bolt,nut")
     assert code == 0
     assert "Image AP [%], method patchcore against padim" in out
-    assert "everything, 2 categories" in out
+    assert "everything, 2 pairs" in out
 
 
 def test_the_gate_decides_by_its_exit_code(call):
