@@ -1,4 +1,4 @@
-"""The command line: `adgrid run | plan | report | datasets | backbones | methods | ui`.
+"""The command line: `adgrid run | plan | report | compare | leaderboard | datasets | backbones | methods | ui`.
 
 Exit codes: 0 all is well, 1 something failed (a row without a number, a broken layout), 2 bad input, 130 stopped.
 """
@@ -75,6 +75,41 @@ def _parser() -> argparse.ArgumentParser:
     _add_places(report)
     report.set_defaults(handle=_report)
 
+    compare = commands.add_parser("compare", help="compare runs, or one axis of them, or a run with published numbers")
+    compare.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run id, run folder or mlflow:RUN; the first is the baseline"
+    )
+    compare.add_argument("--axis", default="run", help="what is compared: run, method, backbone, method+backbone, ...")
+    compare.add_argument("--baseline", help="value of the axis that others are compared with (default: the first)")
+    compare.add_argument("--ignore", action="append", default=[], help="field that may differ as well, such as layers")
+    _add_where(compare)
+    compare.add_argument("--metric", action="append", dest="metrics", help="metric to compare (default: image_auroc)")
+    compare.add_argument("--interval", choices=["delong", "bootstrap"], default="delong", help="of AUROC over images")
+    compare.add_argument("--confidence", type=float, default=0.95, help="of intervals and verdicts (default: 0.95)")
+    compare.add_argument(
+        "--published",
+        action="append",
+        metavar="NAME | FILE",
+        help="compare with published numbers: a name, all, or a CSV",
+    )
+    compare.add_argument("--fail-if-worse", type=float, metavar="RATE", help="exit 1 where a mean lost more than this")
+    compare.add_argument("--out", help="folder for tables and pictures")
+    compare.add_argument("--tracking-uri", help="of mlflow: runs (default: the SQLite file under --root)")
+    _add_places(compare)
+    compare.set_defaults(handle=_compare)
+
+    board = commands.add_parser("leaderboard", help="rank the newest finished row of every cell of many runs")
+    board.add_argument(
+        "places", nargs="*", metavar="ROOT | RUN", help="storage roots, run folders, run ids, mlflow:RUN"
+    )
+    board.add_argument("--experiment", help="every run of this MLflow experiment")
+    _add_where(board)
+    board.add_argument("--metric", default="image_auroc", help="metric to sort by (default: image_auroc)")
+    board.add_argument("--out", help="CSV file to write")
+    board.add_argument("--tracking-uri", help="of MLflow (default: the SQLite file under --root)")
+    _add_places(board)
+    board.set_defaults(handle=_leaderboard)
+
     datasets = commands.add_parser(
         "datasets", help="list known datasets, show what one should hold, or check its files"
     )
@@ -112,6 +147,16 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", default="results", help="storage root, a path or URI (default: results)")
     parser.add_argument("--data-root", help="folder with one subfolder per dataset")
     parser.add_argument("--cache-dir", help="node-local cache (default: the user's cache folder)")
+
+
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="AXIS=VALUE",
+        help="only these rows: method=patchcore, dataset=a,b",
+    )
 
 
 def _add_narrowing(parser: argparse.ArgumentParser) -> None:
@@ -272,6 +317,18 @@ def _report(parsed: argparse.Namespace, console: Console, command: str) -> int:
         console.print(f"[yellow]{_escape(note)}[/]", soft_wrap=True)
     console.print(f"{len(files)} files in {store.root}/runs/{run_id}/report", soft_wrap=True)
     return 0
+
+
+def _compare(parsed: argparse.Namespace, console: Console, command: str) -> int:
+    from harness.compare_commands import compare_runs
+
+    return compare_runs(parsed, console, command)
+
+
+def _leaderboard(parsed: argparse.Namespace, console: Console, command: str) -> int:
+    from harness.compare_commands import show_leaderboard
+
+    return show_leaderboard(parsed, console)
 
 
 def _datasets(parsed: argparse.Namespace, console: Console, command: str) -> int:

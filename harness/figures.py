@@ -41,7 +41,7 @@ _MAX_REASONS = 8
 # --- a canvas in inches ----------------------------------------------------------------------------------------
 
 
-class _Canvas:
+class Canvas:
     """A blank picture in which every length is in inches and y points down."""
 
     def __init__(self, width: float, height: float) -> None:
@@ -99,7 +99,7 @@ class _Canvas:
 
 
 @functools.lru_cache(maxsize=4096)
-def _text_width(text: str, size: float, bold: bool = False) -> float:
+def text_width(text: str, size: float, bold: bool = False) -> float:
     """Inches that a line of text takes."""
     font = FontProperties(size=size, weight="bold" if bold else "normal")
     width, _, _ = _MEASURE.get_text_width_height_descent(text, font, ismath=False)
@@ -133,29 +133,28 @@ def draw_matrix(matrix: Matrix, target: str | Path | BinaryIO, dpi: float = 160)
     cell_texts = [[_cell_lines(cell) for cell in row.cells] for row in matrix.rows]
     row_height = 0.46 if any(cell.std is not None for row in matrix.rows for cell in row.cells) else 0.38
     cell_width = max(
-        [0.95] + [_text_width(text, cells, bold=True) + 0.22 for line in cell_texts for cell in line for text in cell]
+        [0.95] + [text_width(text, cells, bold=True) + 0.22 for line in cell_texts for cell in line for text in cell]
     )
     label_widths = [
-        max(_text_width(text, labels, bold=True) for text in (name, *(row.labels[number] for row in matrix.rows)))
-        + 0.22
+        max(text_width(text, labels, bold=True) for text in (name, *(row.labels[number] for row in matrix.rows))) + 0.22
         for number, name in enumerate(matrix.header)
     ]
-    heading_width = max((_text_width(name, labels, bold=True) for name in matrix.columns), default=0.0)
+    heading_width = max((text_width(name, labels, bold=True) for name in matrix.columns), default=0.0)
     slanted = heading_width > cell_width - 0.1
     heading_height = 0.2 + (heading_width * 0.5 if slanted else 0.0)
     left = _MARGIN + sum(label_widths)
     grid_width, grid_height = cell_width * len(matrix.columns), row_height * max(len(matrix.rows), 1)
     overhang = heading_width * 0.87 - cell_width / 2 if slanted else 0.0
-    title_width = _text_width(f"{matrix.title} [%]", 13, bold=True) + _text_width(f"  {matrix.subject}", 10)
+    title_width = text_width(f"{matrix.title} [%]", 13, bold=True) + text_width(f"  {matrix.subject}", 10)
     width = max(left + grid_width + max(1.05, overhang + 0.1), title_width + 2 * _MARGIN, 5.4)
     ranks = matrix.ranks()
     marked = ["Best of each column underlined."] if any("best" in line for line in ranks) else []
     notes = _wrap([*describe_matrix(matrix), *marked, *_hole_reasons(matrix)], 7.5, width - 2 * _MARGIN)
     top = 0.75 + heading_height
-    canvas = _Canvas(width, top + grid_height + 0.25 + 0.16 * len(notes) + 0.1)
+    canvas = Canvas(width, top + grid_height + 0.25 + 0.16 * len(notes) + 0.1)
 
     canvas.text(_MARGIN, 0.36, f"{matrix.title} [%]", 13, bold=True)
-    start = _MARGIN + _text_width(f"{matrix.title} [%]", 13, bold=True)
+    start = _MARGIN + text_width(f"{matrix.title} [%]", 13, bold=True)
     canvas.text(start, 0.37, f"  {matrix.subject}", 10, colour=GREY)
     for number, name in enumerate(matrix.header):
         canvas.text(_MARGIN + sum(label_widths[:number]), top - 0.1, name, labels, colour=GREY, down="baseline")
@@ -196,7 +195,7 @@ def _cell_lines(cell: MatrixCell) -> list[str]:
 
 
 def _draw_cell(
-    canvas: _Canvas,
+    canvas: Canvas,
     cell: MatrixCell,
     lines: Sequence[str],
     marks: str,
@@ -211,8 +210,8 @@ def _draw_cell(
         if cell.state == "hole":
             canvas.box(*box, facecolor="white", edgecolor=HATCH, linewidth=0, hatch="////")
             canvas.box(*box, facecolor="none", **frame)
-            text_width = _text_width(lines[1], 7.5) + 0.1
-            canvas.box(centre[0] - text_width / 2, centre[1] - 0.08, text_width, 0.16, facecolor="white", linewidth=0)
+            room = text_width(lines[1], 7.5) + 0.1
+            canvas.box(centre[0] - room / 2, centre[1] - 0.08, room, 0.16, facecolor="white", linewidth=0)
             canvas.text(*centre, lines[1], 7.5, across="center")
         else:
             canvas.box(*box, facecolor=PALE, **frame)
@@ -222,7 +221,7 @@ def _draw_cell(
     front = "white" if is_dark(colour) else "black"
     canvas.box(*box, facecolor=[part / 255 for part in colour], **frame)
     lift = 0.075 if len(lines) > 1 else 0.0
-    half = _text_width(lines[0], 9.5, bold=is_best) / 2
+    half = text_width(lines[0], 9.5, bold=is_best) / 2
     canvas.text(centre[0], centre[1] - lift, lines[0], 9.5, colour=front, bold=is_best, across="center")
     canvas.text(centre[0] + half + 0.02, centre[1] - lift - 0.035, marks, 7, colour=front)
     if is_best:
@@ -231,7 +230,7 @@ def _draw_cell(
         canvas.text(centre[0], centre[1] + 0.105, lines[1], 7, colour=front, across="center")
 
 
-def _draw_scale(canvas: _Canvas, x: float, y: float, height: float, bounds: tuple[float, float]) -> None:
+def _draw_scale(canvas: Canvas, x: float, y: float, height: float, bounds: tuple[float, float]) -> None:
     low, high = bounds
     steps = [cell_colour(high - (high - low) * step / 255, bounds) for step in range(256)]
     canvas.image(x, y, 0.12, height, np.array(steps, dtype=np.uint8)[:, None, :])
@@ -316,7 +315,7 @@ def draw_contact_sheet(
     width = max(2 * _MARGIN + shown * (side + gap) - gap + 0.75, 4.6)
     titles = _wrap([title], 12, width - 2 * _MARGIN)
     top = 0.3 + 0.24 * len(titles)
-    canvas = _Canvas(width, top + band_height * len(bands) + 0.36)
+    canvas = Canvas(width, top + band_height * len(bands) + 0.36)
     for number, line in enumerate(titles):
         canvas.text(_MARGIN, 0.33 + 0.24 * number, line, 12, bold=True)
 
@@ -324,7 +323,7 @@ def draw_contact_sheet(
     for number, (name, hope, positions, expected) in enumerate(bands):
         y = top + number * band_height
         canvas.text(_MARGIN, y + 0.2, name, 10, bold=True)
-        canvas.text(_MARGIN + _text_width(name, 10, bold=True) + 0.1, y + 0.205, hope, 8.5, colour=GREY)
+        canvas.text(_MARGIN + text_width(name, 10, bold=True) + 0.1, y + 0.205, hope, 8.5, colour=GREY)
         for column, position in enumerate(positions):
             x = _MARGIN + column * (side + gap)
             _draw_pair(canvas, items[position], (x, y + 0.38), side, limits, expected, round(side * dpi))
@@ -346,7 +345,7 @@ def _shared_limits(maps: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def _draw_pair(
-    canvas: _Canvas,
+    canvas: Canvas,
     item: ScoredImage,
     corner: tuple[float, float],
     side: float,
@@ -398,7 +397,7 @@ def _heat_colours(place: np.ndarray) -> np.ndarray:
     return colormaps["inferno"](0.25 + 0.73 * place)[..., :3]
 
 
-def _draw_outline(canvas: _Canvas, mask: np.ndarray | None, box: tuple[float, float, float, float]) -> None:
+def _draw_outline(canvas: Canvas, mask: np.ndarray | None, box: tuple[float, float, float, float]) -> None:
     if mask is None or not np.any(mask):
         return
     x, y, width, height = box
@@ -418,7 +417,7 @@ def _draw_outline(canvas: _Canvas, mask: np.ndarray | None, box: tuple[float, fl
     lines.set_path_effects([withStroke(linewidth=2.0, foreground="#000000b0")])
 
 
-def _draw_heat_scale(canvas: _Canvas, x: float, y: float, height: float, limits: tuple[float, float]) -> None:
+def _draw_heat_scale(canvas: Canvas, x: float, y: float, height: float, limits: tuple[float, float]) -> None:
     place = np.linspace(1, 0, 256)
     opacity = _opacity(place)[:, None]
     canvas.image(x, y, 0.11, height, ((1 - opacity) * 0.6 + opacity * _heat_colours(place))[:, None, :])

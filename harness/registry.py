@@ -127,6 +127,11 @@ def representation_version(kind: str) -> int:
     return _version("representation", kind, load_representation(kind), "REPRESENTATION_VERSION")
 
 
+def scope_of_method(name: str) -> str | None:
+    """What a method fits one model for, `category` or `dataset`; None for a method that is not known here."""
+    return load_method(name).scope if name in method_names() else None
+
+
 def dataset_layouts() -> tuple[str, ...]:
     """Every known dataset layout, sorted."""
     return _names("harness.datasets", "DATASET", DATASET_GROUP)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from harness.bundle import write_bundle
 from harness.contracts import AdgridError, Job, Pretraining, ResultRow, RunSettings, Trial
 from harness.identity import canonical_json
 from harness.options import RunOptions
@@ -164,6 +165,7 @@ def remake_report(
     folder = store.local_path(f"runs/{run_id}/report")
     temporary = folder or Path(tempfile.mkdtemp(prefix="adgrid-report-"))
     files = write_report(temporary, rows, title=title, command=command, expected_cells=expected, contact_sheets=sheets)
+    files += write_bundle(store, run_id, rows, temporary)
     for file in files if folder is None else ():
         store.publish(f"runs/{run_id}/report/{file.relative_to(temporary)}", file.read_bytes())
     return files

@@ -142,7 +142,7 @@ class Store:
 
     def publish_row(self, row: ResultRow) -> None:
         """Saves a row now. A row of another status never overwrites it: `load_rows` decides which one counts."""
-        self.publish(f"rows/new/{row.cell_id}.{row.status}.parquet", _rows_to_parquet([row]))
+        self.publish(f"rows/new/{row.cell_id}.{row.status}.parquet", rows_to_parquet([row]))
 
     def load_rows(self, cell_ids: Iterable[str] | None = None) -> dict[str, ResultRow]:
         """The row that counts for each cell: a finished one before a stopped, failed or skipped one, then the newest.
@@ -163,10 +163,10 @@ class Store:
         for name in self.names("rows/new"):
             if wanted is None or name.split(".", 1)[0] in wanted:
                 with contextlib.suppress(FileNotFoundError):
-                    yield from _rows_from_parquet(self.read(f"rows/new/{name}"))
+                    yield from rows_from_parquet(self.read(f"rows/new/{name}"))
         for name in self.names("rows/segments"):
             with contextlib.suppress(FileNotFoundError):
-                yield from _rows_from_parquet(self.read(f"rows/segments/{name}"), wanted)
+                yield from rows_from_parquet(self.read(f"rows/segments/{name}"), wanted)
 
     def fold_rows(self, at_least: int = 64) -> int:
         """Folds the single rows into one segment file and returns how many; does nothing for fewer than `at_least`."""
@@ -176,8 +176,8 @@ class Store:
         rows = []
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                rows += _rows_from_parquet(self.read(f"rows/new/{name}"))
-        data = _rows_to_parquet(rows)
+                rows += rows_from_parquet(self.read(f"rows/new/{name}"))
+        data = rows_to_parquet(rows)
         self.publish(f"rows/segments/{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
         for name in names:
             self.delete(f"rows/new/{name}")
@@ -220,7 +220,7 @@ class Store:
 
     def publish_scores(self, cell_id: str, columns: Mapping[str, Sequence[Any]]) -> None:
         """Saves the per-image outcome of a cell: path, label, defect_type, mask_path, image_score."""
-        self.publish(f"scores/{cell_id}.parquet", _table_to_parquet(pa.table(dict(columns))))
+        self.publish(f"scores/{cell_id}.parquet", table_to_parquet(pa.table(dict(columns))))
 
     def load_scores(self, cell_id: str) -> dict[str, list[Any]] | None:
         """The columns of `publish_scores`, or None."""
@@ -299,13 +299,15 @@ def _row_rank(row: ResultRow) -> tuple[int, str]:
     return (row.status == "ok", row.provenance.get("finished_at", ""))
 
 
-def _table_to_parquet(table: pa.Table) -> bytes:
+def table_to_parquet(table: pa.Table) -> bytes:
+    """The bytes of a Parquet file."""
     sink = io.BytesIO()
     pq.write_table(table, sink)
     return sink.getvalue()
 
 
-def _rows_to_parquet(rows: Sequence[ResultRow]) -> bytes:
+def rows_to_parquet(rows: Sequence[ResultRow]) -> bytes:
+    """Rows as the bytes of a Parquet file, complete."""
     columns: dict[str, list[Any]] = {}
     for field in dataclasses.fields(ResultRow):
         values = [getattr(row, field.name) for row in rows]
@@ -315,7 +317,7 @@ def _rows_to_parquet(rows: Sequence[ResultRow]) -> bytes:
             values = [list(value) for value in values]
         columns[field.name] = values
     schema = pa.schema([(name, _row_type(name)) for name in columns])
-    return _table_to_parquet(pa.table(columns, schema=schema))
+    return table_to_parquet(pa.table(columns, schema=schema))
 
 
 def _row_type(name: str) -> pa.DataType:
@@ -324,7 +326,8 @@ def _row_type(name: str) -> pa.DataType:
     return pa.int64() if name in ("shots", "seed") else pa.string()
 
 
-def _rows_from_parquet(data: bytes, wanted: set[str] | None = None) -> list[ResultRow]:
+def rows_from_parquet(data: bytes, wanted: set[str] | None = None) -> list[ResultRow]:
+    """The rows of `rows_to_parquet`, or those of the cells `wanted`."""
     rows = []
     for record in pq.read_table(pa.BufferReader(data)).to_pylist():
         if wanted is not None and record["cell_id"] not in wanted:

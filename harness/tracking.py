@@ -96,7 +96,7 @@ class Mirror:
         Raises:
             AdgridError: a SQLite URI without a file.
         """
-        self.tracking_uri = _absolute_uri(tracking_uri)
+        self.tracking_uri = absolute_uri(tracking_uri)
         self.experiment = experiment
         self._opened: tuple[MlflowClient, str] | None = None
         self._known: dict[str, tuple[_Mirrored, dict[str, _Mirrored]]] = {}
@@ -154,7 +154,7 @@ class Mirror:
 
     def _open(self) -> tuple[MlflowClient, str]:
         if self._opened is None:
-            _quieten_mlflow()
+            quieten_mlflow()
             sqlite = _SQLITE.fullmatch(self.tracking_uri)
             location = None
             if sqlite:
@@ -168,27 +168,38 @@ class Mirror:
     @contextmanager
     def _reported(self) -> Iterator[None]:
         try:
-            with warnings.catch_warnings():
-                # Between MLflow and its database layer; nobody who reads it here can do anything about it.
-                warnings.simplefilter("ignore", SADeprecationWarning)
+            with reported(self.tracking_uri):
                 yield
-        # The exceptions of requests are OSErrors.
-        except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        except TrackingUnavailable:
             # What was written before the error is unknown, so it is read again next time.
             self._opened = None
             self._known.clear()
-            reason = textwrap.shorten(str(error), 300, placeholder=" …")
-            raise TrackingUnavailable(_without_password(f"{self.tracking_uri}: {reason}", self.tracking_uri)) from error
+            raise
+
+
+@contextmanager
+def reported(tracking_uri: str) -> Iterator[None]:
+    """Turns what MLflow and its ways to a server raise into TrackingUnavailable, told without the password."""
+    try:
+        with warnings.catch_warnings():
+            # Between MLflow and its database layer; nobody who reads it here can do anything about it.
+            warnings.simplefilter("ignore", SADeprecationWarning)
+            yield
+    # The exceptions of requests are OSErrors.
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        reason = textwrap.shorten(str(error), 300, placeholder=" …")
+        raise TrackingUnavailable(_without_password(f"{tracking_uri}: {reason}", tracking_uri)) from error
 
 
 def ui_command(tracking_uri: str) -> str:
     """The shell command that shows a mirror: MLflow's own server for a database, the browser for a running server."""
     if tracking_uri.startswith(("http://", "https://")):
         return f"{shlex.quote(sys.executable)} -m webbrowser {shlex.quote(tracking_uri)}"
-    return f"mlflow ui --backend-store-uri {shlex.quote(_absolute_uri(tracking_uri))}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(absolute_uri(tracking_uri))}"
 
 
-def _absolute_uri(uri: str) -> str:
+def absolute_uri(uri: str) -> str:
+    """A tracking URI that means the same in every folder. Raises AdgridError for a SQLite URI without a file."""
     sqlite = _SQLITE.fullmatch(uri)
     if sqlite is None and uri.startswith("sqlite"):
         raise AdgridError(f"--tracking-uri {uri}: names no file; write sqlite:///FOLDER/mlflow.db")
@@ -200,7 +211,7 @@ def _without_password(text: str, uri: str) -> str:
     return text.replace(login + found, "") if found else text
 
 
-def _quieten_mlflow() -> None:
+def quieten_mlflow() -> None:
     """Few and short retries, no chatter. MLflow offers only its environment for this; what a user has set stays."""
     choices: tuple[tuple[Any, object], ...] = (
         (MLFLOW_HTTP_REQUEST_MAX_RETRIES, 2),

@@ -10,20 +10,22 @@ REPO = Path(__file__).parents[1]
 LAYERS = [
     ["contracts"],
     ["registry", "identity", "measure", "maps", "pixel_counts", "curves", "metrics", "store"],
+    ["bundle", "intervals", "ranks"],
     ["workers", "checkpoints", "placement", "options", "datasets"],
     ["taps", "imagebind", "positions", "backbone_table", "download", "weights", "backbones", "backbone_check"],
     ["feature_store", "image_split", "features", "stages", "auxiliary"],
     ["matrices", "tables", "figures", "truth", "resolve", "represented", "evaluate", "rows", "fitting", "sheets"],
     ["reference_source", "pretraining", "trial", "training"],
     ["space", "plan_representations", "plan", "progress", "dataset_check"],
-    ["sweep", "report", "tracking"],
+    ["published", "matching", "estimates", "compare", "comparison_figures", "comparison_tables", "reproduction"],
+    ["sweep", "report", "leaderboard", "tracking", "mirrored", "sources", "compare_commands"],
     ["run"],
     ["cli"],
 ]
 HOMES = {
     "timm": {"harness/backbones.py"},
     "torchvision": {"harness/backbones.py"},
-    "mlflow": {"harness/tracking.py"},
+    "mlflow": {"harness/tracking.py", "harness/mirrored.py"},  # writing and reading share nothing but the tags
     "pandas": {"harness/report.py"},
     "ray.tune": {"harness/sweep.py"},
     "ray.train": {"harness/training.py"},
