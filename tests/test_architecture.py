@@ -10,14 +10,14 @@ REPO = Path(__file__).parents[1]
 LAYERS = [
     ["contracts"],
     ["registry", "identity", "measure", "maps", "pixel_counts", "curves", "metrics", "store"],
-    ["workers", "checkpoints", "placement", "options", "datasets"],
+    ["workers", "watch", "checkpoints", "placement", "options", "datasets"],
     ["taps", "imagebind", "positions", "backbone_table", "download", "weights", "backbones", "backbone_check"],
     ["feature_store", "image_split", "features", "stages", "auxiliary"],
     ["matrices", "tables", "figures", "truth", "resolve", "represented", "evaluate", "rows", "fitting", "sheets"],
     ["reference_source", "pretraining", "trial", "training"],
-    ["space", "plan_representations", "plan", "progress", "dataset_check"],
-    ["sweep", "report", "tracking"],
-    ["run"],
+    ["search", "study", "space", "plan_representations", "study_plan", "plan", "progress", "dataset_check"],
+    ["sweep", "study_track", "studies", "study_figures", "report", "study_report", "tracking"],
+    ["run_folder", "run"],
     ["cli"],
 ]
 HOMES = {
@@ -25,10 +25,10 @@ HOMES = {
     "torchvision": {"harness/backbones.py"},
     "mlflow": {"harness/tracking.py"},
     "pandas": {"harness/report.py"},
-    "ray.tune": {"harness/sweep.py"},
+    "ray.tune": {"harness/sweep.py", "harness/studies.py", "harness/study_track.py"},
     "ray.train": {"harness/training.py"},
-    "ray": {"harness/sweep.py", "harness/training.py"},
-    "matplotlib": {"harness/figures.py"},
+    "ray": {"harness/sweep.py", "harness/studies.py", "harness/study_track.py", "harness/training.py"},
+    "matplotlib": {"harness/figures.py", "harness/study_figures.py"},
 }
 
 
