@@ -74,5 +74,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[quickstart,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[quickstart,search,dev]"
 	touch $@

@@ -6,7 +6,6 @@ Exit codes: 0 all is well, 1 something failed (a row without a number, a broken 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import subprocess
@@ -183,18 +182,24 @@ def _options(parsed: argparse.Namespace) -> Any:
 def _run(parsed: argparse.Namespace, console: Console, command: str) -> int:
     from harness.report import build_matrices, failures_table, rows_frame, terminal_table
     from harness.run import execute
+    from harness.study_report import study_table
     from harness.tracking import ui_command
 
     outcome = execute(parsed.space, _options(parsed), console, command)
+    for study in outcome.studies:
+        console.print()
+        console.print(study_table(study.record, study.results))
     for matrix in build_matrices(rows_frame(outcome.rows), metrics=("image_auroc", "pixel_auroc")):
         console.print()
         console.print(terminal_table(matrix))
     if outcome.num_failed:
         console.print()
         console.print(failures_table(outcome.rows))
-    kept = len(outcome.rows) - outcome.num_computed
+    searched = sum(len(result.rows) for study in outcome.studies for result in study.results)
+    kept = len(outcome.rows) + searched - outcome.num_computed
+    also = f" and {searched} in {outcome.num_samples} trials of studies" if outcome.studies else ""
     console.print(
-        f"\n{len(outcome.rows)} cells: {outcome.num_computed} computed now, {kept} from earlier runs, "
+        f"\n{len(outcome.rows)} cells{also}: {outcome.num_computed} computed now, {kept} from earlier runs, "
         f"{outcome.num_failed} without a number"
     )
     for item in outcome.plan.missing:
@@ -214,7 +219,9 @@ def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
     from harness.plan import find_encoding_methods, measure_progress
     from harness.progress import describe, describe_seconds
     from harness.run import plan_run
+    from harness.run_folder import foresee_studies
     from harness.store import Store
+    from harness.study_report import list_studies
 
     plan = plan_run(parsed.space, _options(parsed), console)
     store = Store(parsed.root)
@@ -241,7 +248,9 @@ def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
         console.print(_describe_pretraining(pretraining, store, parsed), soft_wrap=True)
     if plan.trials:
         console.print(table)
-    progress = measure_progress(plan, rows, predictions)
+    if plan.studies:
+        console.print(list_studies(plan.studies, rows, store))
+    progress = measure_progress(plan, rows, predictions, *foresee_studies(plan.studies, store))
     time = (
         "unknown, no earlier rows"
         if progress.estimated_seconds is None
@@ -293,6 +302,7 @@ def _count(number: int, one: str, many: str) -> str:
 def _report(parsed: argparse.Namespace, console: Console, command: str) -> int:
     from harness.report import build_matrices, rows_frame, terminal_table
     from harness.run import remake_report
+    from harness.run_folder import read_run
     from harness.sheets import remake_sheets
     from harness.store import Store
 
@@ -301,17 +311,13 @@ def _report(parsed: argparse.Namespace, console: Console, command: str) -> int:
     store = Store(root if marker else parsed.root)
     run_id = name if marker else parsed.run
     try:
-        record = json.loads(store.read(f"runs/{run_id}/plan.json"))
+        record = read_run(store, run_id)
     except FileNotFoundError as error:
         raise AdgridError(f"{parsed.run}: no such run under {store.root}/runs; see `adgrid run`") from error
-    rows = store.load_rows(record["cell_ids"])
-    ordered = [rows[cell_id] for cell_id in record["cell_ids"] if cell_id in rows]
     with console.status("drawing"):
-        notes = remake_sheets(store, ordered) if parsed.pictures else []
-    files = remake_report(
-        store, run_id, ordered, title=record["name"], command=record["command"], expected=len(record["cell_ids"])
-    )
-    for matrix in build_matrices(rows_frame(ordered)):
+        notes = remake_sheets(store, record.rows) if parsed.pictures else []
+    files = remake_report(store, record)
+    for matrix in build_matrices(rows_frame(record.rows)):
         console.print(terminal_table(matrix))
     for note in notes:
         console.print(f"[yellow]{_escape(note)}[/]", soft_wrap=True)

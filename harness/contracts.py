@@ -516,6 +516,23 @@ class DatasetRef:
     """None: the default place of the layout under the data root."""
     variant: str | None = None
     """Which of the layout's published splits; None for its default."""
+    held_out: bool = False
+    """Held-out training images, half of them with painted defects, stand for the test images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What a trial has to do with a study, for its rows to say so."""
+
+    study_id: str
+    fields: tuple[str, ...]
+    """Parameters that were searched."""
+    cells: tuple[str, ...]
+    """`dataset/category` of every cell that they were tuned on."""
+    on_test: bool = False
+    """Cells that are reported may be among them: the space said `allow_test_tuning`."""
+    is_sample: bool = False
+    """One of the configurations that were tried; else the best of them, on what is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -627,6 +644,8 @@ class Trial:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the forward passes of a training."""
     cells: tuple[Cell, ...] = ()
+    tuned: Tuned | None = None
+    """None for a configuration that the search space names."""
 
 
 Job = Trial | Pretraining
@@ -705,6 +724,8 @@ class ResultRow:
     """Mean loss of every epoch, per trained stage."""
     stamps: tuple[str, ...] = ()
     """What a reader must be told beside the number, such as `random weights` or `rescored`."""
+    tuned: Mapping[str, Any] = field(default_factory=dict)
+    """The fields of `Tuned`; empty for a configuration that the search space names."""
     reason: str = ""
     """Why a row is not ok: error class and message."""
     traceback: str = ""

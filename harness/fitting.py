@@ -30,10 +30,13 @@ from harness.features import FeatureSplit, feature_keys, feature_split
 from harness.identity import content_id
 from harness.image_split import ImageSplit
 from harness.measure import Meter
+from harness.metrics import METRICS
 from harness.represented import RepresentedFeatures, load_representation_state
 from harness.resolve import CategoryData, ResolvedTrial, prediction_facts
 from harness.stages import Judge, seed_everything, train_stage
 from harness.store import Store, StoredPrediction, StoredTraining
+from harness.truth import load_truth
+from harness.watch import Observer, Stopped
 from harness.workers import ALONE, Workers
 
 MAX_TEST_EVALUATIONS = 100
@@ -59,6 +62,7 @@ class FittedMethod:
         settings: RunSettings,
         notify: Notify,
         workers: Workers = ALONE,
+        observer: Observer | None = None,
     ) -> None:
         """Builds the method, trains its stages if it has any, and fits it.
 
@@ -69,10 +73,11 @@ class FittedMethod:
             settings: caches and sizes.
             notify: told about progress.
             workers: the processes that do this together; each ends with the same fitted method.
+            observer: looks at the objective while the last stage is trained, and may end the trial.
         """
         trial = resolved.trial
         self._resolved, self._data, self._store, self._settings = resolved, data, store, settings
-        self._workers = workers
+        self._workers, self._observer = workers, observer
         self.curves: dict[str, Sequence[float]] = {}
         """Mean loss of every epoch, per trained stage, and what else the stages watched."""
         self.warnings: list[str] = []
@@ -311,7 +316,7 @@ class FittedMethod:
                 device=self._device,
                 precision=self._resolved.trial.precision,
                 checkpoints=checkpoints,
-                judge=self._judge(train, stages) if number == len(stages) - 1 else None,
+                judge=self._watched(train, stages) if number == len(stages) - 1 else None,
                 report=report,
             )
             training = StoredTraining.of(stage, curve)
@@ -327,6 +332,23 @@ class FittedMethod:
             self.warnings.append(warning)
             self._notify(warning, 0, 1)
 
+    def _watched(self, train: Split, stages: Sequence[Trainable]) -> Judge | None:
+        """How the state of the last stage is picked, with the looks of a study at the right epochs."""
+        judge, observer = self._judge(train, stages), self._observer
+        if observer is None or observer.watch.first_look is None:
+            return judge
+
+        def look_and_judge(done: int, loss: float) -> float | None:
+            if observer.watch.is_due(done, stages[-1].epochs):
+                value = self._test_metric(train, stages, observer.watch.objective)
+                if self._workers.leads:
+                    observer.tell(done, value)
+                if not self._workers.agree(observer.goes_on() if self._workers.leads else None):
+                    raise Stopped
+            return None if judge is None else judge(done, loss)
+
+        return look_and_judge
+
     def _judge(self, train: Split, stages: Sequence[Trainable]) -> Judge | None:
         """How the state of the last stage is picked, as the protocol says; None for the last one."""
         selection = self._resolved.protocol.selection
@@ -336,14 +358,17 @@ class FittedMethod:
             return lambda done, loss: -loss
         epochs = stages[-1].epochs
         every = math.ceil(epochs / MAX_TEST_EVALUATIONS)
-        return lambda done, loss: None if done % every and done != epochs else self._test_image_auroc(train, stages)
+        return lambda done, loss: None if done % every and done != epochs else self._test_metric(train, stages)
 
-    def _test_image_auroc(self, train: Split, stages: Sequence[Trainable]) -> float:
-        """Mean image AUROC over the test images of the group's categories: what `selection: test_best` picks by."""
+    def _test_metric(self, train: Split, stages: Sequence[Trainable], metric: str = "image_auroc") -> float:
+        """Mean of a metric over the test images of the group's categories.
+
+        Image AUROC is what `selection: test_best` picks by; a study looks at its objective on its tuning categories.
+        """
         for stage in stages:
             stage.module.eval()
         self._method.fit(train)
-        aurocs = []
+        values = []
         for data in self._data.values():
             self._observe_test(data.test, self._meter.copy())
             maps, scores = self._predict_together(data.test, self._meter.copy())
@@ -351,9 +376,14 @@ class FittedMethod:
                 prediction = StoredPrediction(paths=(), anomaly_maps=maps, image_scores=scores, facts={})
                 own_score = self._resolved.trial.protocol.score_reduction == "method"
                 labels = [sample.label for sample in data.test]
-                result = evaluate(prediction, labels, None, self._resolved.protocol, own_score)
-                aurocs.append(result.metrics["image_auroc"])
-        return self._workers.agree(float(np.mean(aurocs)) if self._workers.leads else None)
+                truth = None
+                if METRICS[metric].kind == "pixel":
+                    preprocessing, cache = self._resolved.preprocessing, self._settings.places.cache_dir
+                    truth = load_truth(data.test, data.truth_id, preprocessing, cache)
+                ids = [sample.sample_id for sample in data.test]
+                result = evaluate(prediction, labels, truth, self._resolved.protocol, own_score, ids)
+                values.append(result.metrics[metric])
+        return self._workers.agree(float(np.mean(values)) if self._workers.leads else None)
 
     def _machine(self) -> dict[str, str]:
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.machine()

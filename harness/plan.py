@@ -10,13 +10,16 @@ from typing import Any
 
 from harness.auxiliary import LabelledCategory, read_labelled
 from harness.backbones import check_layers, choose_layers, level_shapes, resolve_backbone
-from harness.contracts import AdgridError, Dataset, Places, Pretraining, Resources, ResultRow, Trial
+from harness.contracts import AdgridError, Dataset, DatasetRef, Places, Pretraining, Resources, ResultRow, Trial
 from harness.datasets.checks import Counts, compare_counts
 from harness.identity import content_id
 from harness.plan_representations import RepresentationPlanner
 from harness.registry import build_config, build_dataset, check_params, load_method, suggest
 from harness.resolve import CategoryData, identify_cells, read_category, resolve_trial
+from harness.search import check_searcher
 from harness.space import BackboneEntry, DatasetEntry, GridPoint, Space, grid_points
+from harness.study import Study
+from harness.study_plan import group_points, plan_study
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -41,16 +44,24 @@ class Plan:
     space: Space
     run_id: str
     trials: tuple[Trial, ...]
+    """Of the configurations that the space names."""
     missing: tuple[Missing, ...]
     pretrainings: tuple[Pretraining, ...] = ()
     """Representations that are trained first, unless the store has them."""
     warnings: tuple[str, ...] = ()
     """Data that can be used but are not as published."""
+    studies: tuple[Study, ...] = ()
+    """What is searched; the best configuration of each is reported like a trial."""
 
     @property
     def cell_ids(self) -> list[str]:
         """Ids of all cells, in the order of the trials."""
         return [cell.cell_id for trial in self.trials for cell in trial.cells]
+
+    @property
+    def num_reported(self) -> int:
+        """Cells that the report will be about: those of the trials, and those of each study's best configuration."""
+        return len(self.cell_ids) + sum(study.num_reported for study in self.studies)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +105,8 @@ def make_plan(
     missing: dict[tuple[str, str], list[str]] = {}
     trials: dict[str, Trial] = {}
     for point in points:
+        if point.distributions:
+            continue
         lacks = reader.lacks(point)
         for key, reason in lacks.items():
             missing.setdefault(key, []).append(reason)
@@ -101,19 +114,38 @@ def make_plan(
             trial = reader.trial(point)
             known = trials.get(trial.trial_id)
             trials[trial.trial_id] = trial if known is None else _join(known, trial)
+    if space.search is not None:
+        check_searcher(space.search)
+    # What is tuned on is not narrowed by the space's `categories`, which are those that are reported.
+    tuner = _Reader(space.model_copy(update={"categories": None}), places, notify, download, random_weights)
+    studies: list[Study] = []
+    names: set[str] = set()
+    for group in group_points([point for point in points if point.distributions], space):
+        lacks = tuner.lacks(group.tuning)
+        for point in group.reported:
+            lacks |= reader.lacks(point)
+        for key, reason in lacks.items():
+            missing.setdefault(key, []).append(reason)
+        if not lacks:
+            notify(f"study {len(studies) + 1}", len(studies), 0)
+            studies.append(plan_study(group, space, tuner, reader, names))
     if not missing:
         reader.check_categories()
     reader.check_selection()
+    described = space.model_dump(mode="json")
+    if space.search is None:
+        del described["search"]  # so that spaces without a sweep keep their run folders
     return Plan(
         space=space,
-        run_id=f"{space.name}-{content_id([space.model_dump(mode='json'), random_weights], 8)}",
+        run_id=f"{space.name}-{content_id([described, random_weights], 8)}",
         trials=tuple(_share_layers(_spread(list(trials.values())))),
         missing=tuple(
             Missing(kind=kind, name=name, reason=reasons[0], num_trials=len(reasons))
             for (kind, name), reasons in missing.items()
         ),
-        pretrainings=tuple(reader.representations.pretrainings.values()),
-        warnings=tuple(reader.warnings),
+        pretrainings=tuple({**tuner.representations.pretrainings, **reader.representations.pretrainings}.values()),
+        warnings=tuple({**reader.warnings, **tuner.warnings}),
+        studies=tuple(studies),
     )
 
 
@@ -125,7 +157,7 @@ class _Reader:
         self._random = random_weights
         self._labelled: dict[tuple[int, str], LabelledCategory] = {}
         self.representations = RepresentationPlanner(space, places, self._dataset, self._read_labelled)
-        self._datasets: dict[str, Dataset | str] = {}
+        self._datasets: dict[DatasetRef, Dataset | str] = {}
         self._weights: dict[tuple[str, str], str | None] = {}
         self._data: dict[tuple[object, ...], CategoryData] = {}
         self._tested: dict[tuple[str, str], frozenset[str]] = {}
@@ -163,7 +195,7 @@ class _Reader:
         return lacks
 
     def _dataset(self, entry: DatasetEntry) -> Dataset | str:
-        key = repr(entry)
+        key = entry.ref()
         if key not in self._datasets:
             dataset = build_dataset(entry.ref(), self._places)
             reason = dataset.missing()
@@ -241,6 +273,19 @@ class _Reader:
             cells=identify_cells(resolved, data),
         )
 
+    def categories(self, entry: DatasetEntry) -> tuple[str, ...]:
+        """The categories that the space picks of a dataset that is here."""
+        return self._categories(entry, self._present(entry))
+
+    def data(self, point: GridPoint, category: str) -> CategoryData:
+        """The images of one of them, as a point reads them."""
+        return self._category(self._present(point.dataset), category, point)
+
+    def _present(self, entry: DatasetEntry) -> Dataset:
+        dataset = self._dataset(entry)
+        assert not isinstance(dataset, str)  # what lacks anything is not planned
+        return dataset
+
     def _categories(self, entry: DatasetEntry, dataset: Dataset) -> tuple[str, ...]:
         known = dataset.category_names()
         for name in entry.categories or ():
@@ -266,7 +311,7 @@ class _Reader:
     def _category(self, dataset: Dataset, name: str, point: GridPoint) -> CategoryData:
         reference = point.representation.reference.resolved() if point.backbone is not None else None
         given = reference.path if reference is not None else None
-        key = (repr(point.dataset), name, point.shots, point.seed if point.shots is not None else 0, given)
+        key = (point.dataset.ref(), name, point.shots, point.seed if point.shots is not None else 0, given)
         if key not in self._data:
             self._notify(f"hashing {dataset.name}/{name}", len(self._data), 0)
             self._data[key] = read_category(
@@ -372,15 +417,23 @@ def find_encoding_methods(trials: Sequence[Trial]) -> list[str]:
     )
 
 
-def measure_progress(plan: Plan, rows: Mapping[str, ResultRow], predictions: set[str]) -> Progress:
+def measure_progress(
+    plan: Plan,
+    rows: Mapping[str, ResultRow],
+    predictions: set[str],
+    searched: Sequence[Trial] = (),
+    unknown: Sequence[Trial] = (),
+) -> Progress:
     """Compares a plan with what a store holds.
 
     Args:
         plan: the plan.
         rows: rows by cell id.
         predictions: ids of stored raw predictions.
+        searched: trials of studies that are known besides.
+        unknown: for each cell of a study that only its run will know, a trial like the one that it will belong to.
     """
-    cells = [(trial, cell) for trial in plan.trials for cell in trial.cells]
+    cells = [(trial, cell) for trial in (*plan.trials, *searched) for cell in trial.cells]
     open_cells = [(trial, cell) for trial, cell in cells if not _is_ok(rows.get(cell.cell_id))]
     expected = _seconds_per_cell(rows)
     seconds = [
@@ -388,12 +441,13 @@ def measure_progress(plan: Plan, rows: Mapping[str, ResultRow], predictions: set
         for trial, cell in open_cells
         if cell.prediction_id not in predictions
     ]
+    seconds += [expected.get((trial.method, trial.backbone)) for trial in unknown]
     known = [value for value in seconds if value is not None]
     return Progress(
         done=len(cells) - len(open_cells),
         rescore=sum(cell.prediction_id in predictions for _, cell in open_cells),
         failed=sum(cell.cell_id in rows for _, cell in open_cells),
-        todo=len(open_cells),
+        todo=len(open_cells) + len(unknown),
         estimated_seconds=statistics.fmean(known) * len(seconds) if known else None if seconds else 0.0,
     )
 

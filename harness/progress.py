@@ -16,7 +16,7 @@ from harness.contracts import Job, Pretraining, ResultRow, Trial
 
 
 def describe(trial: Job) -> str:
-    """`patchcore · tf_efficientnet_lite0 · elpv`, with shots and seed where they are not the default."""
+    """`patchcore · tf_efficientnet_lite0 · elpv`, with shots, seed and searched values where there are any."""
     if isinstance(trial, Pretraining):
         return " · ".join([trial.kind, trial.backbone, *(choice.dataset.name for choice in trial.data)])
     parts = [trial.method, trial.backbone or "no backbone", trial.dataset.name]
@@ -26,7 +26,14 @@ def describe(trial: Job) -> str:
         parts.append(f"{trial.shots} shots")
     if trial.seed:
         parts.append(f"seed {trial.seed}")
+    if trial.tuned is not None:
+        values = [f"{field} {_show(trial.params[field])}" for field in trial.tuned.fields]
+        parts += [", ".join(values)] if trial.tuned.is_sample else ["tuned"]
     return " · ".join(parts)
+
+
+def _show(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def describe_seconds(seconds: float) -> str:
@@ -89,6 +96,8 @@ class ProgressBoard(Listener):
                 f"{name} {row.metrics[name]:.1%}" for name in ("image_auroc", "pixel_auroc") if name in row.metrics
             ]
             text = Text.assemble(("✓ ", "green"), f"{describe(trial)} · {row.category}  ", ("  ".join(shown), "bold"))
+        elif row.status == "stopped":
+            text = Text(f"◦ {describe(trial)} · {row.category}  {row.reason}", style="dim")
         else:
             text = Text.assemble(
                 (f"✗ {row.status} ", "red"), f"{describe(trial)} · {row.category}  ", (row.reason.split("\n")[0], "red")

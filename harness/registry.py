@@ -144,6 +144,10 @@ def load_dataset_class(layout: str) -> Any:
 
 def build_dataset(ref: DatasetRef, places: Places) -> Dataset:
     """The dataset behind a reference; touches no file. Raises AdgridError on an unknown layout or variant."""
+    if ref.held_out:
+        name = ref.name.removesuffix("-held-out")
+        source = build_dataset(dataclasses.replace(ref, name=name, held_out=False), places)
+        return importlib.import_module("harness.datasets.held_out").HeldOut(ref.name, source, places)
     layout = load_dataset_class(ref.layout)
     if ref.variant is None:
         return layout(ref.name, ref.root, places)

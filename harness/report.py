@@ -62,6 +62,8 @@ def rows_frame(rows: Iterable[ResultRow]) -> pd.DataFrame:
         columns[f"{name}_bound"] = _numbers(row.metric_bounds.get(name) for row in listed)
     for name in _keys(row.costs for row in listed):
         columns[name] = _numbers(row.costs.get(name) for row in listed)
+    columns["tuned_fields"] = ["; ".join(row.tuned.get("fields", ())) for row in listed]
+    columns["tuned_on"] = ["; ".join(row.tuned.get("cells", ())) for row in listed]
     columns["stamps"] = ["; ".join(row.stamps) for row in listed]
     columns["reason"] = [row.reason for row in listed]
     columns["protocol_id"] = [row.protocol_id for row in listed]
@@ -135,11 +137,17 @@ def build_matrices(
 
 
 def _records(frame: pd.DataFrame, metrics: Sequence[str]) -> list[Record]:
-    wanted = [*_AXES, "dataset", "category", "seed", "status", "prediction_id", "reason", "stamps", *metrics]
+    others = ["dataset", "category", "seed", "status", "prediction_id", "reason", "stamps", "tuned_fields"]
+    wanted = [*_AXES, *others, *metrics]
     rows: list[dict[str, Any]] = [
         {str(name): None if pd.isna(value) else value for name, value in row.items()}
         for row in frame[list(dict.fromkeys(wanted))].to_dict("records")
     ]
+    for row in rows:
+        # What was searched is one line, whatever came out of it for each backbone and dataset.
+        searched = dict.fromkeys(row.pop("tuned_fields").split("; "), "tuned")
+        if "" not in searched:
+            row["params"] = json.dumps({**json.loads(row["params"]), **searched}, sort_keys=True)
     # Where each dataset has its own number of shots, shots belong to the column and not to the line.
     per_dataset: dict[str, set[int | None]] = {}
     for row in rows:
@@ -234,6 +242,7 @@ def write_report(
     command: str,
     expected_cells: int | None = None,
     contact_sheets: Mapping[str, str] | None = None,
+    further_sections: Sequence[str] = (),
 ) -> list[Path]:
     """Writes tables and pictures of some rows.
 
@@ -251,6 +260,7 @@ def write_report(
         command: what remakes the run.
         expected_cells: number of cells planned; the report says so when rows are missing.
         contact_sheets: cell id -> path or address of its contact sheet, as seen from `folder`.
+        further_sections: lines of Markdown that stand after the tables.
 
     Returns:
         The files written, `report.md` first.
@@ -277,6 +287,7 @@ def write_report(
         *_headline(title, command, listed, expected_cells),
         *_matrix_sections(matrices, several),
         *_category_section(per_dataset),
+        *further_sections,
         *_sheet_section(listed, contact_sheets or {}),
         *_failure_section(group_failures(listed)),
         *_method_section(listed, matrices),

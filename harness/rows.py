@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from harness.contracts import Cell, EvaluationProtocol, ResultRow, RowStatus, RunSettings, Trial
+from harness.contracts import Cell, EvaluationProtocol, ResultRow, RowStatus, RunSettings, Trial, Tuned
 from harness.evaluate import Evaluation
 from harness.identity import protocol_id
 from harness.metrics import METRIC_VERSION
@@ -56,7 +56,7 @@ def finished_row(
         metric_bounds=evaluation.bounds,
         costs=costs,
         curves={name: tuple(losses) for name, losses in facts.get("curves", {}).items()},
-        stamps=tuple(stamps),
+        stamps=(*stamps, *row.stamps),
         provenance={
             **row.provenance,
             **{key: str(facts[key]) for key in ("device", "device_name") if facts.get(key)},
@@ -106,12 +106,43 @@ def _row(trial: Trial, cell: Cell, status: RowStatus, settings: RunSettings) -> 
             "host": socket.gethostname(),
             "finished_at": dt.datetime.now(dt.UTC).isoformat(timespec="microseconds"),
         },
+        stamps=_tuning_stamps(trial.tuned),
+        tuned=_plain_tuned(trial.tuned),
     )
 
 
-def _plain(protocol: EvaluationProtocol) -> dict[str, Any]:
+def show_row(row: ResultRow, trial_id: str, tuned: Tuned | None) -> ResultRow:
+    """A stored row as a run shows it: as part of one of its own trials, and with what that has to do with tuning.
+
+    Rows are shared by all runs that come to the same cell, and it is each run's own affair how it came to its
+    configuration.
+    """
+    kept = tuple(stamp for stamp in row.stamps if not stamp.startswith(_TUNED_STAMPS))
+    return dataclasses.replace(
+        row,
+        trial_id=trial_id,
+        stamps=(*kept, *_tuning_stamps(tuned)),
+        tuned=_plain_tuned(tuned),
+    )
+
+
+_TUNED_STAMPS = ("tuned on ", "TUNED ON TEST DATA")
+
+
+def _plain_tuned(tuned: Tuned | None) -> dict[str, Any]:
+    return {} if tuned is None else _plain(tuned)
+
+
+def _tuning_stamps(tuned: Tuned | None) -> tuple[str, ...]:
+    if tuned is None or (tuned.is_sample and not tuned.on_test):
+        return ()
+    cells = ", ".join(tuned.cells)
+    return (f"TUNED ON TEST DATA: {cells}" if tuned.on_test else f"tuned on {cells}",)
+
+
+def _plain(record: EvaluationProtocol | Tuned) -> dict[str, Any]:
     return {
-        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(protocol).items()
+        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(record).items()
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,9 +21,13 @@ from harness.placement import check_placement
 from harness.plan import Plan, make_plan
 from harness.progress import Listener, ProgressBoard
 from harness.report import rows_frame, write_report
+from harness.rows import show_row
+from harness.run_folder import RunRecord, StudyOutcome, conclude_study, keep_plan, read_run
 from harness.sheets import sheet_key
 from harness.space import load_space
 from harness.store import Store
+from harness.study import Ledger, Study, find_best, read_study
+from harness.study_report import write_studies
 from harness.tracking import Mirror, TrackingUnavailable
 
 if TYPE_CHECKING:
@@ -36,7 +40,9 @@ class Outcome:
 
     plan: Plan
     rows: tuple[ResultRow, ...]
-    """One row per planned cell, in the order of the plan."""
+    """One row per reported cell: those of the plan in its order, then those of the best configurations."""
+    studies: tuple[StudyOutcome, ...]
+    """What was searched, in the order of the plan."""
     num_computed: int
     """Rows of this start; the others were there before."""
     run_folder: str
@@ -47,8 +53,15 @@ class Outcome:
 
     @property
     def num_failed(self) -> int:
-        """Planned cells without a number."""
-        return len(self.plan.cell_ids) - sum(row.status == "ok" for row in self.rows)
+        """Reported cells without a number, and samples of studies that failed."""
+        samples = [result.status for study in self.studies for result in study.results]
+        missing = self.plan.num_reported - sum(row.status == "ok" for row in self.rows)
+        return missing + samples.count("failed") + samples.count("open")
+
+    @property
+    def num_samples(self) -> int:
+        """Configurations that studies have tried."""
+        return sum(len(study.results) for study in self.studies)
 
 
 def plan_run(space_path: str, options: RunOptions, console: Console) -> Plan:
@@ -77,7 +90,7 @@ def execute(space_path: str, options: RunOptions, console: Console, command: str
     if plan.missing and not options.skip_missing:
         lines = [f"  {item.kind} {item.name}: {item.reason}" for item in plan.missing]
         raise AdgridError("missing on this machine:\n" + "\n".join(lines) + "\n--skip-missing runs the rest")
-    if not plan.trials:
+    if not plan.trials and not plan.studies:
         raise AdgridError(f"{space_path}: nothing can run, everything it names is missing")
     store = Store(options.root)
     settings = RunSettings(
@@ -92,80 +105,135 @@ def execute(space_path: str, options: RunOptions, console: Console, command: str
     )
     try:
         store.publish(f"runs/{plan.run_id}/space.json", canonical_json(plan.space.model_dump(mode="json")).encode())
-        store.publish(f"runs/{plan.run_id}/plan.json", canonical_json(_plan_record(plan, command)).encode())
+        keep_plan(store, plan, command, [conclude_study(study, store) for study in plan.studies])
     except OSError as error:
         raise AdgridError(
             f"--root {options.root}: cannot be written ({error}); name a writable folder or URI"
         ) from error
-    known = store.load_rows(plan.cell_ids)
-    open_trials = [
-        trial
-        for trial in plan.trials
-        if any(cell.cell_id not in known or known[cell.cell_id].status != "ok" for cell in trial.cells)
-    ]
     tracker = _Tracker(options, store, plan)
-    computed: list[ResultRow] = []
-    if open_trials:
-        done = sum(row.status == "ok" for row in known.values())
-        needed = {trial.trained.artifact_id for trial in open_trials if trial.trained is not None}
-        pretrainings = [
-            one for one in plan.pretrainings if one.trial_id in needed and not store.has_state(one.trial_id)
-        ]
-        computed = _run_open_trials(
-            open_trials, pretrainings, settings, options, console, len(plan.cell_ids), done, tracker
-        )
+    with _Crew(store, settings, options, console, [tracker], plan.pretrainings) as crew:
+        plain = [study for study in plan.studies if not study.search.is_adaptive]
+        crew.run_trials([*plan.trials, *(sample.trial for study in plain for sample in study.samples)])
+        crew.run_studies([study for study in plan.studies if study.search.is_adaptive])
+        studies = [conclude_study(study, store) for study in plan.studies]
+        crew.run_trials([trial for study in studies for trial in study.winners])
     store.fold_rows()
-    rows = store.load_rows(plan.cell_ids)
-    ordered = tuple(rows[cell_id] for cell_id in plan.cell_ids if cell_id in rows)
-    files = remake_report(
-        store, plan.run_id, ordered, title=plan.space.name, command=command, expected=len(plan.cell_ids)
-    )
-    tracker.finish(ordered, files)
+    keep_plan(store, plan, command, studies)
+    record = read_run(store, plan.run_id)
+    files = remake_report(store, record)
+    tracker.finish(record, files)
+    without = [study.study.name for study in studies if not study.winners]
+    notes = [f"{name}: no configuration finished, so there is none to report" for name in without]
     return Outcome(
         plan=plan,
-        rows=ordered,
-        num_computed=len(computed),
+        rows=record.rows,
+        studies=tuple(studies),
+        num_computed=crew.num_computed,
         run_folder=f"{store.root}/runs/{plan.run_id}",
         tracking_uri=tracker.uri,
-        notes=tuple(tracker.notes),
+        notes=(*notes, *tracker.notes),
     )
 
 
-def _run_open_trials(
-    trials: Sequence[Trial],
-    pretrainings: Sequence[Pretraining],
-    settings: RunSettings,
-    options: RunOptions,
-    console: Console,
-    num_cells: int,
-    num_done: int,
-    tracker: _Tracker,
-) -> list[ResultRow]:
-    # Imported here: a run that finds everything done never starts Ray, nor pays for importing it.
-    from harness.sweep import connect, list_nodes, run_trials
+class _Crew(ExitStack):
+    """Runs what is open of trials and studies; Ray is started when there is something to run, and serves all phases."""
 
-    with ExitStack() as stack:
-        with console.status("starting Ray"):
-            stack.enter_context(connect(options.address, options.num_cpus))
-        nodes = list_nodes()
-        check_placement([*pretrainings, *trials], nodes)
-        board = stack.enter_context(ProgressBoard(console, num_cells, num_done, len(trials) + len(pretrainings)))
-        known = nodes if options.address is None else None
-        return run_trials(trials, settings, [board, tracker], known, pretrainings)
+    def __init__(
+        self,
+        store: Store,
+        settings: RunSettings,
+        options: RunOptions,
+        console: Console,
+        listeners: Sequence[Listener],
+        pretrainings: Sequence[Pretraining],
+    ) -> None:
+        super().__init__()
+        self._store, self._settings, self._options, self._console = store, settings, options, console
+        self._listeners, self._pretrainings = listeners, pretrainings
+        self._nodes: list[dict[str, float]] | None = None
+        self.num_computed = 0
+
+    def run_trials(self, trials: Sequence[Trial]) -> None:
+        """Runs the trials that have a cell without a number."""
+        cells = [cell.cell_id for trial in trials for cell in trial.cells]
+        rows = self._store.load_rows(cells)
+        done = {cell_id for cell_id in cells if cell_id in rows and rows[cell_id].status == "ok"}
+        still_open = [trial for trial in trials if any(cell.cell_id not in done for cell in trial.cells)]
+        if still_open:
+            from harness.sweep import run_trials
+
+            missing = self._missing_for(still_open)
+            nodes = self._connect([*missing, *still_open])
+            with ProgressBoard(self._console, len(cells), len(done), len(still_open) + len(missing)) as board:
+                computed = run_trials(still_open, self._settings, [board, *self._listeners], nodes, missing)
+            self.num_computed += len(computed)
+
+    def _missing_for(self, trials: Sequence[Trial]) -> list[Pretraining]:
+        """The representations that trials need and the store has not."""
+        needed = {trial.trained.artifact_id for trial in trials if trial.trained is not None}
+        return [one for one in self._pretrainings if one.trial_id in needed and not self._store.has_state(one.trial_id)]
+
+    def run_studies(self, studies: Sequence[Study]) -> None:
+        """Runs the studies that have a sample to run or to propose."""
+        results = [result for study in studies for result in Ledger(study, self._store).results()]
+        wanted = sum(len(study.samples) or study.search.num_samples for study in studies)
+        if sum(result.status in ("finished", "stopped") for result in results) < wanted:
+            from harness.studies import run_studies
+            from harness.sweep import run_trials
+
+            templates = [study.template for study in studies]
+            missing = self._missing_for(templates)
+            nodes = self._connect([*missing, *templates])
+            if missing:
+                with ProgressBoard(self._console, 0, 0, len(missing)) as board:
+                    run_trials([], self._settings, [board, *self._listeners], nodes, missing)
+                failed = {one.trial_id for one in self._missing_for(templates)}
+                studies = [
+                    study
+                    for study in studies
+                    if study.template.trained is None or study.template.trained.artifact_id not in failed
+                ]
+            cells = sum(study.search.num_samples * len(study.categories) for study in studies)
+            done = sum(row.status in ("ok", "stopped") for result in results for row in result.rows.values())
+            with ProgressBoard(self._console, cells, done, wanted) as board:
+                computed = run_studies(studies, self._settings, [board, *self._listeners], nodes)
+            self.num_computed += len(computed)
+
+    def _connect(self, jobs: Sequence[Job]) -> list[dict[str, float]] | None:
+        """Starts or joins Ray once; what each node has, or None where an autoscaler may add some."""
+        # Imported here: a run that finds everything done never starts Ray, nor pays for importing it.
+        from harness.sweep import connect, list_nodes
+
+        if self._nodes is None:
+            with self._console.status("starting Ray"):
+                self.enter_context(connect(self._options.address, self._options.num_cpus))
+        self._nodes = list_nodes()
+        check_placement(jobs, self._nodes)
+        return self._nodes if self._options.address is None else None
 
 
-def remake_report(
-    store: Store, run_id: str, rows: Sequence[ResultRow], title: str, command: str, expected: int
-) -> list[Path]:
+def remake_report(store: Store, record: RunRecord) -> list[Path]:
     """Writes tables and pictures of a run into its folder and returns them as local files."""
+    run_id, rows = record.run_id, record.rows
     # As seen from the report's folder, whether on a file system or under a URI.
     drawn = {f"sheets/{name}" for name in store.names("sheets")}
     keys = {row.cell_id: sheet_key(row.cell_id) for row in rows}
     sheets = {cell_id: f"../../../{key}" for cell_id, key in keys.items() if key in drawn}
     folder = store.local_path(f"runs/{run_id}/report")
     temporary = folder or Path(tempfile.mkdtemp(prefix="adgrid-report-"))
-    files = write_report(temporary, rows, title=title, command=command, expected_cells=expected, contact_sheets=sheets)
-    files += write_bundle(store, run_id, rows, temporary)
+    samples = {row.cell_id: row for row in record.sample_rows}
+    study_files, sections = write_studies(temporary, record.studies, samples, record.command)
+    files = write_report(
+        temporary,
+        rows,
+        title=record.name,
+        command=record.command,
+        expected_cells=record.num_expected,
+        contact_sheets=sheets,
+        further_sections=sections,
+    )
+    files += study_files
+    files += write_bundle(store, record.run_id, rows, temporary)
     for file in files if folder is None else ():
         store.publish(f"runs/{run_id}/report/{file.relative_to(temporary)}", file.read_bytes())
     return files
@@ -184,10 +252,6 @@ def run_space(space: str | Path, *, quiet: bool = False, **options: object) -> p
     return rows_frame(outcome.rows)
 
 
-def _plan_record(plan: Plan, command: str) -> dict[str, object]:
-    return {"name": plan.space.name, "run_id": plan.run_id, "command": command, "cell_ids": plan.cell_ids}
-
-
 class _Tracker(Listener):
     """Mirrors rows to MLflow while trials end; an unreachable server costs one note, never a result."""
 
@@ -195,7 +259,8 @@ class _Tracker(Listener):
         self.notes: list[str] = []
         self.uri = default_tracking_uri(options, store)
         self._plan = plan
-        self._rows: dict[str, ResultRow] = {}
+        self._planned = {trial.trial_id: trial for trial in plan.trials}
+        self._rows: dict[tuple[str, str], ResultRow] = {}
         self._mirror: Mirror | None = None
         if self.uri is not None:
             self._try(lambda: self._open(str(self.uri), options.experiment))
@@ -205,24 +270,40 @@ class _Tracker(Listener):
         self._mirror = Mirror(uri, experiment)
 
     def finished(self, trial: Trial, row: ResultRow) -> None:
-        self._rows[row.cell_id] = row
+        self._planned[trial.trial_id] = trial
+        self._rows[trial.trial_id, row.cell_id] = show_row(row, trial.trial_id, trial.tuned)
 
     def ended(self, trial: Job) -> None:
         if isinstance(trial, Pretraining):
             return
-        rows = [self._rows[cell.cell_id] for cell in trial.cells if cell.cell_id in self._rows]
-        self._sync(rows, [], finished=False)
+        keys = [(trial.trial_id, cell.cell_id) for cell in trial.cells]
+        self._sync([self._rows[key] for key in keys if key in self._rows], [], finished=False)
 
-    def finish(self, rows: Sequence[ResultRow], files: Sequence[Path]) -> None:
-        self._sync(rows, files, finished=True)
+    def finish(self, record: RunRecord, files: Sequence[Path]) -> None:
+        """Mirrors all rows, those of studies first, since the parent is about the others alone."""
+        best = {}
+        samples = {row.cell_id: row for row in record.sample_rows}
+        for study in record.studies:
+            found = find_best(read_study(study, samples))
+            if found is not None and found.score is not None:
+                best[f"tuned/{study['name']}/{study['search']['objective']}"] = found.score
+        if record.sample_rows:
+            self._sync(record.sample_rows, [], finished=False)
+        self._sync(record.rows, files, finished=True, metrics=best)
 
-    def _sync(self, rows: Sequence[ResultRow], files: Sequence[Path], finished: bool) -> None:
+    def _sync(
+        self,
+        rows: Sequence[ResultRow],
+        files: Sequence[Path],
+        finished: bool,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         mirror = self._mirror
         if mirror is not None:
-            plan = self._plan
-            params = {"space": plan.space.name, "cells": str(len(plan.cell_ids))}
+            space, run_id, planned = self._plan.space, self._plan.run_id, self._planned.values()
+            params = {"space": space.name, "cells": str(self._plan.num_reported)}
             self._try(
-                lambda: mirror.sync(plan.space.name, plan.run_id, rows, files, params, finished, planned=plan.trials)
+                lambda: mirror.sync(space.name, run_id, rows, files, params, finished, planned=planned, metrics=metrics)
             )
 
     def _try(self, call: Callable[[], None]) -> None:

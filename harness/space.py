@@ -1,6 +1,8 @@
 """A search space: one YAML file, checked whole before anything runs.
 
-Every axis is a list. Names may stand alone (`- padim`) or open a mapping (`- {name: patchcore, params: {...}}`).
+Every axis is a list. Names may stand alone (`- padim`) or open a mapping (`- {name: patchcore, params: {...}}`). A
+parameter's value may be a list, which is a grid axis, or a distribution (`{loguniform: [0.01, 0.25]}`), which `search`
+draws from.
 Whatever is wrong is one `AdgridError` with the file, the line, the field, what is known and what to do.
 """
 
@@ -35,6 +37,7 @@ from harness.registry import (
     representation_kinds,
     suggest,
 )
+from harness.search import Distribution, SchedulerEntry, SearchEntry, parse_distribution
 
 Layer = str | int
 Name = Annotated[str, Field(min_length=1)]
@@ -55,7 +58,7 @@ def _as_list(value: Any) -> Any:
 
 
 class MethodEntry(_Strict):
-    """A method with its parameters; a list as a parameter's value is a grid axis."""
+    """A method with its parameters; a list as a parameter's value is a grid axis, a distribution is searched."""
 
     name: Name
     preset: str | None = None
@@ -87,6 +90,8 @@ class DatasetEntry(_Strict):
     categories: tuple[Name, ...] | None = None
     shots: tuple[int | None, ...] | None = None
     """Overrides the space's `shots` for this dataset."""
+    held_out: bool = False
+    """Instead of the test images: held-out training images, half of them with painted defects."""
 
     @field_validator("shots", mode="before")
     @classmethod
@@ -99,7 +104,10 @@ class DatasetEntry(_Strict):
 
     def ref(self) -> DatasetRef:
         """The dataset without what the space picks of it."""
-        return DatasetRef(name=self.name, layout=self.layout_name, root=self.root, variant=self.variant)
+        name = f"{self.name}-held-out" if self.held_out else self.name
+        return DatasetRef(
+            name=name, layout=self.layout_name, root=self.root, variant=self.variant, held_out=self.held_out
+        )
 
 
 Datasets = Annotated[tuple[Annotated[DatasetEntry, BeforeValidator(_name_alone)], ...], BeforeValidator(_as_list)]
@@ -281,6 +289,8 @@ class Space(_Strict):
     resources: ResourcesEntry = ResourcesEntry()
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the forward passes of trained methods."""
+    search: SearchEntry | None = None
+    """How distributions among the parameters are searched."""
 
 
 EXCLUDE_AXES = ("method", "backbone", "dataset", "representation", "shots", "seed")
@@ -293,6 +303,8 @@ class GridPoint:
     method: MethodEntry
     params: Mapping[str, Any]
     """Single values, the grid of `MethodEntry.params` expanded; only the fields that the space names."""
+    distributions: Mapping[str, Distribution] = dataclasses.field(default_factory=dict)
+    """The fields that are searched."""
     backbone: BackboneEntry | None
     dataset: DatasetEntry
     representation: RepresentationEntry
@@ -489,6 +501,8 @@ _MODELS: dict[str, type[BaseModel]] = {
     "protocol": ProtocolEntry,
     "resources": ResourcesEntry,
     "include": Grid,
+    "search": SearchEntry,
+    "scheduler": SchedulerEntry,
 }
 
 
@@ -511,9 +525,16 @@ def _check_names(space: Space, places: _Places, left_out: set[str]) -> None:
                     "" if axis == "methods" else "; data in MVTec AD's folder layout are read with `layout: folder`"
                 )
                 raise AdgridError(f"{places(*loc)}: unknown {what} {name!r}{suggest(name, known)}{remedy}")
+    swept = False
     for loc, entry in _entries(space, "methods"):
-        for point in expand_params(entry, places(*loc, "params")):
-            check_params(entry.name, point, places(*loc, "params"))
+        for params, distributions in expand_params(entry, places(*loc, "params")):
+            where = places(*loc, "params")
+            check_params(entry.name, params, where)
+            for field, distribution in distributions.items():
+                for value in distribution.probes:
+                    check_params(entry.name, {**params, field: value}, where)
+            swept |= bool(distributions)
+    _check_search(space, swept, places)
     for loc, entry in _entries(space, "representations"):
         _check_representation(entry, loc, places)
     named = {entry.name for _, entry in _entries(space, "representations")}
@@ -534,6 +555,31 @@ def _check_names(space: Space, places: _Places, left_out: set[str]) -> None:
             if name not in method_names():
                 where = places("exclude", index, "method")
                 raise AdgridError(f"{where}: unknown method {name!r}{suggest(str(name), method_names())}")
+
+
+def _check_search(space: Space, swept: bool, places: _Places) -> None:
+    """Distributions and `search` come together, and what is tuned on can be found."""
+    search = space.search
+    if swept and search is None:
+        raise AdgridError(
+            f"{places('methods')}: a parameter is a distribution and nothing says how to search it; add `search: "
+            f"{{num_samples: 10, tune_on: {{DATASET: [CATEGORY]}}}}`, with categories that are not to be reported"
+        )
+    if search is None:
+        return
+    if not swept:
+        raise AdgridError(
+            f"{places('search')}: no method has a parameter to search; write one as a distribution, such as "
+            f"{{loguniform: [0.01, 0.25]}}, or leave `search` out"
+        )
+    if isinstance(search.tune_on, dict):
+        named = {entry.name for _, entry in _entries(space, "datasets")}
+        known = {*named, *dataset_layouts()}
+        for name in search.tune_on:
+            if name not in known:
+                raise AdgridError(
+                    f"{places('search', 'tune_on', name)}: unknown dataset {name!r}{suggest(name, known)}"
+                )
 
 
 def _entries(space: Space, axis: str) -> Iterator[tuple[tuple[str | int, ...], Any]]:
@@ -573,8 +619,12 @@ def _doubles(names: Sequence[str]) -> list[str]:
 # --- the grid --------------------------------------------------------------------------------------------------
 
 
-def expand_params(entry: MethodEntry, where: str) -> list[dict[str, Any]]:
-    """The grid over an entry's parameters: a list is an axis, unless the field itself holds a list."""
+def expand_params(entry: MethodEntry, where: str) -> list[tuple[dict[str, Any], dict[str, Distribution]]]:
+    """The grid over an entry's parameters: a list is an axis, unless the field itself holds a list.
+
+    Returns:
+        For each grid point its single values, and the distributions of the fields that are searched there.
+    """
     method = load_method(entry.name)
     fields = method_fields(method)
     presets = getattr(method, "presets", {})
@@ -584,13 +634,22 @@ def expand_params(entry: MethodEntry, where: str) -> list[dict[str, Any]]:
     preset = {} if entry.preset is None else presets[entry.preset]
     axes = []
     for key, value in {**preset, **entry.params}.items():
-        if isinstance(value, dict):
-            raise AdgridError(f"{where}.{key}: a parameter is a value or a list of values, got the mapping {value!r}")
         is_axis = isinstance(value, list) and not (key in fields and _accepts(fields[key], value))
         if is_axis and not value:
             raise AdgridError(f"{where}.{key}: an empty list leaves nothing to run; name at least one value")
-        axes.append([(key, item) for item in (value if is_axis else [value])])
-    return [dict(point) for point in itertools.product(*axes)]
+        if not is_axis and not isinstance(value, dict):
+            axes.append([(key, value)])
+            continue
+        try:
+            items = value if is_axis else [value]
+            axes.append([(key, parse_distribution(item) if isinstance(item, dict) else item) for item in items])
+        except ValueError as error:
+            raise AdgridError(f"{where}.{key}: {error}") from None
+    points = []
+    for point in itertools.product(*axes):
+        swept = {key: value for key, value in point if isinstance(value, Distribution)}
+        points.append(({key: value for key, value in point if key not in swept}, swept))
+    return points
 
 
 def _accepts(annotation: Any, value: Any) -> bool:
@@ -629,12 +688,13 @@ def _points_of(grid: Grid, space: Space) -> Iterator[GridPoint]:
             representations = axis("representations") if needs_backbone else (RepresentationEntry(name=PLAIN),)
             if needs_backbone and method.representations is not None:
                 representations = [entry for entry in representations if entry.name in method.representations]
-            for params, representation, backbone, shots, seed in itertools.product(
+            for (params, distributions), representation, backbone, shots, seed in itertools.product(
                 expand_params(method, "methods"), representations, backbones, shots_axis, axis("seeds")
             ):
                 yield GridPoint(
                     method=method,
                     params=params,
+                    distributions=distributions,
                     backbone=backbone,
                     dataset=dataset,
                     representation=representation,
@@ -655,5 +715,5 @@ def _matches(rule: Mapping[str, Any], point: GridPoint) -> bool:
     if any(axis.startswith("params.") for axis in rule):
         # A parameter that the space leaves out has its default.
         resolved = check_params(point.method.name, point.params, "methods")
-        values |= {f"params.{key}": value for key, value in resolved.items()}
+        values |= {f"params.{key}": value for key, value in resolved.items() if key not in point.distributions}
     return all(values.get(axis) in _as_list(wanted) for axis, wanted in rule.items())

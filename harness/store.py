@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _JSON_FIELDS = (
-    "params", "protocol", "resolved_protocol", "metrics", "metric_bounds", "costs", "curves", "provenance"
+    "params", "protocol", "resolved_protocol", "metrics", "metric_bounds", "costs", "curves", "provenance", "tuned"
 )  # fmt: skip
 
 

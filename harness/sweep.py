@@ -10,19 +10,21 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import ray
 from ray import tune
 
-from harness.contracts import AdgridError, Job, Pretraining, Resources, ResultRow, RunSettings, Trial
+from harness.contracts import AdgridError, Job, Pretraining, Resources, ResultRow, RowStatus, RunSettings, Trial
 from harness.placement import Amounts, max_in_flight, worker_bundle
 from harness.progress import Listener
 from harness.rows import unfinished_row
 from harness.store import Store
 from harness.trial import find_open_cells, is_of_this_start, most_failures, run_job
+from harness.watch import Observer, Watch
 
 NOTE_SECONDS = 1.0
 """Least time between two notes of progress from one trial."""
@@ -90,15 +92,25 @@ def run_trials(
             trials are what an autoscaler goes by.
         pretrainings: representations that trials need and the store has not.
     """
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer output prints its settings even when told to be silent
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C reaches the caller; every finished row is saved already
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    quieten_tune()
     store = Store(settings.root)
     _run_phase(pretrainings, settings, listeners, nodes, store)
     rows = _skip_without_artifact(trials, pretrainings, settings, listeners, store)
     ready = [trial for trial in trials if not any(cell.cell_id in rows for cell in trial.cells)]
     rows |= _run_phase(ready, settings, listeners, nodes, store)
+    return keep_rows(rows, store, settings)
+
+
+def quieten_tune() -> None:
+    """Tune writes no logs of its own and leaves Ctrl-C alone; it reads this from the environment only."""
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer output prints its settings even when told to be silent
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C reaches the caller; every finished row is saved already
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+
+
+def keep_rows(rows: Mapping[str, ResultRow], store: Store, settings: RunSettings) -> list[ResultRow]:
+    """The rows of a start, by cell id, each of which is in the driver's store from now on."""
     store.forget_attempts(settings.invocation)
     saved = store.load_rows(rows)
     for cell_id, row in rows.items():
@@ -156,12 +168,12 @@ def _run_alike(
     trials: Sequence[Job], settings: RunSettings, listeners: Sequence[Listener], store: Store, in_flight: int
 ) -> dict[str, ResultRow]:
     """Rows by cell id of trials that are all single processes or all groups of workers."""
-    relay = _Relay(trials, listeners)
+    relay = Relay(listeners, lambda config: trials[config["trial"]])
     with tempfile.TemporaryDirectory(prefix="adgrid-tune-") as folder:
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(_run_in_worker, trials=list(trials), settings=settings),
-                lambda config: tune.PlacementGroupFactory([_bundle(trials[config["trial"]].resources)]),
+                lambda config: tune.PlacementGroupFactory([trial_bundle(trials[config["trial"]].resources)]),
             ),
             param_space={"trial": tune.grid_search(list(range(len(trials))))},
             tune_config=tune.TuneConfig(
@@ -182,23 +194,30 @@ def _run_alike(
         result = results[number]
         assert result.config is not None
         trial = trials[result.config["trial"]]
-        lost = [cell for cell in trial.cells if cell.cell_id not in relay.rows[trial.trial_id]]
-        saved = store.load_rows(cell.cell_id for cell in lost)
-        for cell in lost:
-            assert isinstance(trial, Trial), "a pretraining has no cells"
-            row = saved.get(cell.cell_id)
-            if row is not None and is_of_this_start(row, settings):
-                relay.finished(trial, row)  # its worker saved it and was lost before it could tell
-            elif row is None or row.status != "ok":
-                reason = f"the trial's worker was lost: {result.error or 'it ended without a row for this cell'}"
-                row = unfinished_row(trial, cell, "failed", reason, settings)
-                store.publish_row(row)
-                relay.finished(trial, row)
-    return {cell_id: row for told in relay.rows.values() for cell_id, row in told.items()}
+        if isinstance(trial, Trial):
+            reason = f"the trial's worker was lost: {result.error or 'it ended without a row for this cell'}"
+            settle_trial(trial, relay, store, settings, "failed", reason)
+    return relay.all_rows
 
 
-def _bundle(resources: Resources) -> dict[str, float]:
-    """What the process of a trial asks for.
+def settle_trial(
+    trial: Trial, relay: Relay, store: Store, settings: RunSettings, status: RowStatus, reason: str
+) -> None:
+    """Gives each cell of an ended trial that nothing was heard of its row: the saved one, or one with a reason."""
+    lost = [cell for cell in trial.cells if cell.cell_id not in relay.rows[trial.trial_id]]
+    saved = store.load_rows(cell.cell_id for cell in lost)
+    for cell in lost:
+        row = saved.get(cell.cell_id)
+        if row is not None and is_of_this_start(row, settings):
+            relay.finished(trial, row)  # its worker saved it and was lost before it could tell
+        elif row is None or row.status != "ok":
+            row = unfinished_row(trial, cell, status, reason, settings)
+            store.publish_row(row)
+            relay.finished(trial, row)
+
+
+def trial_bundle(resources: Resources) -> dict[str, float]:
+    """What the process of a trial asks of Ray.
 
     One that only starts workers takes no core, so that it blocks nobody, and stays on the head, so that no lost node
     takes it along.
@@ -208,18 +227,32 @@ def _bundle(resources: Resources) -> dict[str, float]:
 
 def _run_in_worker(config: dict[str, Any], trials: list[Job], settings: RunSettings) -> None:
     """What a Tune worker executes: one trial, a report per row and now and then one of progress."""
-    trial = trials[config["trial"]]
-    if trial.resources.workers > 1:
-        from harness.training import run_with_workers
-
-        for message in run_with_workers(trial, settings):
-            tune.report(message)
-    else:
-        _run_here(trial, settings)
+    execute_job(trials[config["trial"]], settings, tune.report)
     tune.report({"ended": True})
 
 
-def _run_here(trial: Job, settings: RunSettings) -> None:
+def execute_job(
+    job: Job, settings: RunSettings, report: Callable[[dict[str, Any]], None], watch: Watch | None = None
+) -> None:
+    """Runs one trial or pretraining in this process, or in the group of workers that it asks for.
+
+    Args:
+        job: what to run.
+        settings: where things lie.
+        report: told `{"row": ...}`, `{"note": ...}` and, if watched, `{"look": [epochs done, objective]}`.
+        watch: how closely a study watches; what `report` raises then ends the trial.
+    """
+    if job.resources.workers > 1:
+        from harness.training import run_with_workers
+
+        with closing(run_with_workers(job, settings, watch)) as messages:
+            for message in messages:
+                report(message)
+    else:
+        _run_here(job, settings, report, watch)
+
+
+def _run_here(trial: Job, settings: RunSettings, report: Callable[[dict[str, Any]], None], watch: Watch | None) -> None:
     import torch
 
     # Ray sets OMP_NUM_THREADS, but torch has read it long before a reused worker gets its next trial.
@@ -230,24 +263,35 @@ def _run_here(trial: Job, settings: RunSettings) -> None:
         nonlocal last
         if time.monotonic() - last >= NOTE_SECONDS:
             last = time.monotonic()
-            tune.report({"note": [category, stage, done, total]})
+            report({"note": [category, stage, done, total]})
 
-    for row in run_job(trial, settings, notify):
-        tune.report({"row": dataclasses.asdict(row)})
+    observer = None
+    if watch is not None:
+        observer = Observer(watch=watch, tell=lambda done, value: report({"look": [done, value]}))
+    for row in run_job(trial, settings, notify, observer=observer):
+        report({"row": dataclasses.asdict(row)})
 
 
-class _Relay(tune.Callback):
+class Relay(tune.Callback):
     """Hands what Tune hears to the listeners, as our own types."""
 
-    def __init__(self, trials: Sequence[Job], listeners: Sequence[Listener]) -> None:
-        self._trials, self._listeners = trials, listeners
-        self.rows: dict[str, dict[str, ResultRow]] = {trial.trial_id: {} for trial in trials}
+    def __init__(self, listeners: Sequence[Listener], find_job: Callable[[dict[str, Any]], Job]) -> None:
+        """Args: whom to tell; our job behind the configuration of a trial of Tune."""
+        self._listeners, self._find_job = listeners, find_job
+        self.rows: dict[str, dict[str, ResultRow]] = defaultdict(dict)
+        """By trial id and cell id."""
+
+    @property
+    def all_rows(self) -> dict[str, ResultRow]:
+        """By cell id."""
+        return {cell_id: row for told in self.rows.values() for cell_id, row in told.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune writes its callbacks to disk to restore an experiment; ours resumes from rows and restores nothing.
         return {}
 
     def finished(self, trial: Trial, row: ResultRow) -> None:
+        """A row came, by whatever way."""
         self.rows[trial.trial_id][row.cell_id] = row
         for listener in self._listeners:
             listener.finished(trial, row)
@@ -274,4 +318,4 @@ class _Relay(tune.Callback):
     on_trial_error = on_trial_complete
 
     def _ours(self, trial: Any) -> Job:
-        return self._trials[trial.config["trial"]]
+        return self._find_job(trial.config)

@@ -47,6 +47,8 @@ from harness.metrics import METRICS
 from harness.report import build_matrices, rows_frame
 
 PARENT_TAG, RUN_TAG, TRIAL_TAG = "mlflow.parentRunId", "adgrid.run_id", "adgrid.trial_id"
+STUDY_TAG = "adgrid.study"
+"""On a child that is a sample of a study: the id of that study. Its cells are not among those the parent is about."""
 CELLS_TAG = "adgrid.cells"
 """JSON on a child: category -> status of the row mirrored last."""
 FILES_TAG = "adgrid.files"
@@ -110,6 +112,7 @@ class Mirror:
         params: Mapping[str, object] | None = None,
         finished: bool = False,
         planned: Iterable[Trial] = (),
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Brings MLflow up to date. Writes nothing that is there already.
 
@@ -125,6 +128,7 @@ class Mirror:
             params: of the parent, written once and never changed.
             finished: the run has ended; `rows` are all its rows, and their means go to the parent.
             planned: the trials of the run.
+            metrics: of the parent, besides the means.
 
         Raises:
             TrackingUnavailable: MLflow cannot be reached or refuses.
@@ -148,7 +152,8 @@ class Mirror:
             if finished:
                 for trial_id, child in children.items():
                     _settle(client, child, set(expected.get(trial_id, ())) <= set(child.cells))
-            _sync_parent(client, parent, list(children.values()), listed, params or {}, finished)
+            about = [child for child in children.values() if STUDY_TAG not in child.tags]
+            _sync_parent(client, parent, about, listed, params or {}, finished, metrics or {})
             if files:
                 _upload(client, parent, files)
 
@@ -370,6 +375,8 @@ def _sync_child(
         "stamps": "; ".join(stamps),
         CELLS_TAG: json.dumps(cells, sort_keys=True),
     }
+    if row.tuned.get("is_sample"):
+        tags[STUDY_TAG] = row.tuned["study_id"]
     if row.provenance.get("git_commit"):
         tags[COMMIT_TAG] = row.provenance["git_commit"]
     numbers = {
@@ -423,8 +430,12 @@ def _summaries(child: _Mirrored) -> dict[str, float]:
 def _child_name(row: ResultRow) -> str:
     shots = [] if row.shots is None else [f"{row.shots} shots"]
     representation = [] if row.representation == "plain" else [row.representation]
+    searched = []
+    if row.tuned:
+        values = [f"{field} {show_value(row.params[field])}" for field in row.tuned["fields"]]
+        searched = [", ".join(values)] if row.tuned["is_sample"] else ["tuned"]
     return " · ".join(
-        [row.method, row.backbone or "no backbone", *representation, row.dataset, *shots, f"seed {row.seed}"]
+        [row.method, row.backbone or "no backbone", *representation, row.dataset, *shots, f"seed {row.seed}", *searched]
     )
 
 
@@ -450,10 +461,11 @@ def _sync_parent(
     rows: Sequence[ResultRow],
     params: Mapping[str, object],
     finished: bool,
+    further: Mapping[str, float],
 ) -> None:
     statuses = [status for child in children for status in child.cells.values()]
     num_ok = statuses.count("ok")
-    metrics: dict[str, float] = {"cells_ok": num_ok, "cells_without_number": len(statuses) - num_ok}
+    metrics: dict[str, float] = {"cells_ok": num_ok, "cells_without_number": len(statuses) - num_ok, **further}
     stamps = {stamp for child in children for stamp in child.tags.get("stamps", "").split("; ") if stamp}
     tags = {"protocol_id": "; ".join(sorted({child.tags["protocol_id"] for child in children if child.cells}))}
     tags["stamps"] = "; ".join(sorted(stamps))

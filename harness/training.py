@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -28,6 +28,7 @@ from harness.contracts import Job, Resources, RunSettings
 from harness.placement import worker_bundle
 from harness.store import Store
 from harness.trial import most_failures, run_job
+from harness.watch import Observer, Stopped, Watch
 from harness.workers import Workers
 
 _train: Any = ray.train
@@ -40,7 +41,9 @@ NOTE_SECONDS = 1.0
 """Least time between two notes of progress from one trial."""
 
 
-def run_with_workers(trial: Job, settings: RunSettings) -> Iterator[dict[str, Any]]:
+def run_with_workers(
+    trial: Job, settings: RunSettings, watch: Watch | None = None
+) -> Generator[dict[str, Any], None, None]:
     """Runs a trial or a pretraining in a group of Ray Train workers, from a process that does nothing else.
 
     A lost worker or node, and an error that only some of the workers met, ends the group; it starts again, with fewer
@@ -49,9 +52,12 @@ def run_with_workers(trial: Job, settings: RunSettings) -> Iterator[dict[str, An
     Args:
         trial: what to run; `trial.resources` are those of each worker.
         settings: where things lie.
+        watch: how closely a study watches. The group then waits after each row and look until the next message is
+            asked for, and ends when this generator is closed instead.
 
     Yields:
-        `{"row": fields of a ResultRow}` for each finished cell and `{"note": [category, stage, done, total]}`.
+        `{"row": fields of a ResultRow}` for each finished cell, `{"note": [category, stage, done, total]}` and
+        `{"look": [epochs done, objective]}`.
 
     Raises:
         ray.train.TrainingFailedError: the group failed more often than its cells may be tried.
@@ -61,11 +67,18 @@ def run_with_workers(trial: Job, settings: RunSettings) -> Iterator[dict[str, An
     # On this node: what ends with this process is no use to others, and what it outlives cannot take it along.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    verdicts = None if watch is None else Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     # A new name each time: under an old one Ray Train would take the run for finished.
     name = f"{trial.trial_id}-{settings.invocation[:8]}-{time.time_ns()}"
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"trial": trial, "settings": settings, "messages": messages},
+        train_loop_config={
+            "trial": trial,
+            "settings": settings,
+            "messages": messages,
+            "watch": watch,
+            "verdicts": verdicts,
+        },
         scaling_config=_scaling(trial.resources),
         run_config=_train.RunConfig(
             name=name,
@@ -81,11 +94,22 @@ def run_with_workers(trial: Job, settings: RunSettings) -> Iterator[dict[str, An
             group = pool.submit(trainer.fit)
             while not group.done() or not messages.empty():
                 try:
-                    yield messages.get(timeout=0.5)
+                    message = messages.get(timeout=0.5)
                 except Empty:
                     continue
+                yield message
+                if verdicts is not None and "note" not in message:
+                    verdicts.put(True)
             group.result()
+        except GeneratorExit:
+            if verdicts is not None:
+                verdicts.put(False)
+                with suppress(Exception):  # how it ends is of no interest any more
+                    group.result()
+            raise
         finally:
+            if verdicts is not None:
+                verdicts.shutdown()
             messages.shutdown()
             Store(settings.root).delete_folder(f"ray_train/{name}")
 
@@ -102,6 +126,7 @@ def _scaling(resources: Resources) -> Any:
 def _work(config: dict[str, Any]) -> None:
     """What each worker executes."""
     trial, settings, messages = config["trial"], config["settings"], config["messages"]
+    watch, verdicts = config["watch"], config["verdicts"]
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     torch.set_num_threads(max(1, int(trial.resources.cpu)))
     device = get_device()
@@ -129,5 +154,23 @@ def _work(config: dict[str, Any]) -> None:
             last = time.monotonic()
             tell({"note": [category, stage, done, total]})
 
-    for row in run_job(trial, settings, notify, workers):
-        tell({"row": dataclasses.asdict(row)})
+    owed = 0  # verdicts on what was told since the last one was asked for
+
+    def goes_on() -> bool:
+        nonlocal owed
+        while owed:
+            owed -= 1
+            if not verdicts.get():
+                return False
+        return True
+
+    def look(done: int, value: float) -> None:
+        nonlocal owed
+        tell({"look": [done, value]})
+        owed += 1
+
+    observer = None if watch is None else Observer(watch=watch, tell=look, goes_on=goes_on)
+    with suppress(Stopped):
+        for row in run_job(trial, settings, notify, workers, observer):
+            tell({"row": dataclasses.asdict(row)})
+            owed += 1

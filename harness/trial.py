@@ -20,6 +20,7 @@ from harness.rows import finished_row, unfinished_row
 from harness.sheets import publish_sheet
 from harness.store import Store, StoredPrediction
 from harness.truth import load_truth
+from harness.watch import Observer, Stopped
 from harness.workers import ALONE, Workers, is_lost_worker
 
 MAX_ATTEMPTS = 2
@@ -35,13 +36,17 @@ class PlanOutdated(RuntimeError):
 
 
 def run_job(
-    job: Job, settings: RunSettings, notify: Notify = lambda *_: None, workers: Workers = ALONE
+    job: Job,
+    settings: RunSettings,
+    notify: Notify = lambda *_: None,
+    workers: Workers = ALONE,
+    observer: Observer | None = None,
 ) -> Iterator[ResultRow]:
     """Runs a trial, or a pretraining, which has no rows; see `run_trial` and `run_pretraining`."""
     if isinstance(job, Pretraining):
         run_pretraining(job, settings, notify, workers)
     else:
-        yield from run_trial(job, settings, notify, workers)
+        yield from run_trial(job, settings, notify, workers, observer)
 
 
 def most_failures(job: Job) -> int:
@@ -50,7 +55,11 @@ def most_failures(job: Job) -> int:
 
 
 def run_trial(
-    trial: Trial, settings: RunSettings, notify: Notify = lambda *_: None, workers: Workers = ALONE
+    trial: Trial,
+    settings: RunSettings,
+    notify: Notify = lambda *_: None,
+    workers: Workers = ALONE,
+    observer: Observer | None = None,
 ) -> Iterator[ResultRow]:
     """Runs what is missing of a trial and yields each row after it was saved; of several workers the leader does.
 
@@ -59,8 +68,10 @@ def run_trial(
         settings: where things lie.
         notify: told about progress inside a cell.
         workers: the processes that run the trial together.
+        observer: a study that hears of the trial and may end it.
 
     Raises:
+        Stopped: at every worker, when the observer says so; what is finished is saved.
         Exception: with several workers, whatever went wrong at one of them, after its rows were saved: the others wait
             for it in vain, so the whole group must be started again, and goes on with the next cell.
     """
@@ -75,9 +86,12 @@ def run_trial(
     groups = fit_groups(resolved, todo)
     while groups:
         # What another trial extracts right now is left for later; when all are taken, the first is done all the same.
+        # A study compares its samples after the same categories, so those keep their order.
         free = (n for n, group in enumerate(groups) if not _is_taken(resolved, group[0].category, settings))
-        chosen = workers.agree(next(free, 0) if workers.leads else None)
-        yield from run_group(resolved, groups.pop(chosen), store, settings, notify, workers)
+        first = 0 if observer is not None or not workers.leads else next(free, 0)
+        yield from run_group(resolved, groups.pop(workers.agree(first)), store, settings, notify, workers, observer)
+        if observer is not None and groups and not workers.agree(observer.goes_on() if workers.leads else None):
+            raise Stopped
 
 
 def find_open_cells(trial: Trial, store: Store, settings: RunSettings) -> list[Cell]:
@@ -113,6 +127,7 @@ def run_group(
     settings: RunSettings,
     notify: Notify,
     workers: Workers = ALONE,
+    observer: Observer | None = None,
 ) -> Iterator[ResultRow]:
     """Fits once and scores each cell; a cell whose raw predictions are stored is only scored again."""
     stored: dict[Cell, StoredPrediction | None] = {}
@@ -123,7 +138,7 @@ def run_group(
         notify(cells[0].category, "reading images", 0, 1)
         data = read_group(resolved, cells, settings)
         fresh = workers.agree([cell for cell, prediction in stored.items() if prediction is None])
-        fitted = FittedMethod(resolved, data, store, settings, notify, workers) if fresh else None
+        fitted = FittedMethod(resolved, data, store, settings, notify, workers, observer) if fresh else None
     except Exception as error:
         yield from _save_failed(store, resolved.trial, cells, error, settings, workers)
         return

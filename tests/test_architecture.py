@@ -11,15 +11,26 @@ LAYERS = [
     ["contracts"],
     ["registry", "identity", "measure", "maps", "pixel_counts", "curves", "metrics", "store"],
     ["bundle", "intervals", "ranks"],
-    ["workers", "checkpoints", "placement", "options", "datasets"],
+    ["workers", "watch", "checkpoints", "placement", "options", "datasets"],
     ["taps", "imagebind", "positions", "backbone_table", "download", "weights", "backbones", "backbone_check"],
     ["feature_store", "image_split", "features", "stages", "auxiliary"],
     ["matrices", "tables", "figures", "truth", "resolve", "represented", "evaluate", "rows", "fitting", "sheets"],
     ["reference_source", "pretraining", "trial", "training"],
-    ["space", "plan_representations", "plan", "progress", "dataset_check"],
+    ["search", "study", "space", "plan_representations", "study_plan", "plan", "progress", "dataset_check"],
     ["published", "matching", "estimates", "compare", "comparison_figures", "comparison_tables", "reproduction"],
-    ["sweep", "report", "leaderboard", "tracking", "mirrored", "sources", "compare_commands"],
-    ["run"],
+    [
+        "sweep",
+        "study_track",
+        "studies",
+        "study_figures",
+        "report",
+        "study_report",
+        "leaderboard",
+        "tracking",
+        "mirrored",
+    ],
+    ["sources", "compare_commands"],
+    ["run_folder", "run"],
     ["cli"],
 ]
 HOMES = {
@@ -27,10 +38,10 @@ HOMES = {
     "torchvision": {"harness/backbones.py"},
     "mlflow": {"harness/tracking.py", "harness/mirrored.py"},  # writing and reading share nothing but the tags
     "pandas": {"harness/report.py"},
-    "ray.tune": {"harness/sweep.py"},
+    "ray.tune": {"harness/sweep.py", "harness/studies.py", "harness/study_track.py"},
     "ray.train": {"harness/training.py"},
-    "ray": {"harness/sweep.py", "harness/training.py"},
-    "matplotlib": {"harness/figures.py"},
+    "ray": {"harness/sweep.py", "harness/studies.py", "harness/study_track.py", "harness/training.py"},
+    "matplotlib": {"harness/figures.py", "harness/study_figures.py"},
 }
 
 
