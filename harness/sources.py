@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from harness.bundle import SCORES_FILE, ImageScores, load_image_scores, scores_f
 from harness.contracts import AdgridError, ResultRow
 from harness.matching import AXES, axis_value
 from harness.registry import did_you_mean, suggest
+from harness.run_folder import read_run
 from harness.store import Store
 
 
@@ -63,17 +63,16 @@ def open_run(word: str, root: str, tracking_uri: str | None = None) -> Source:
     base = base if marker else root
     store = _open_store(base)
     try:
-        cell_ids = json.loads(store.read(f"runs/{run_id}/plan.json"))["cell_ids"]
+        rows = read_run(store, run_id).rows
     except FileNotFoundError as error:
         known = _run_ids(store)
         hint = did_you_mean(run_id, known) or (f"; there are {', '.join(known[:12])}" if known else "")
         raise AdgridError(f"{word}: no such run under {store.root}/runs{hint}") from error
-    rows = store.load_rows(cell_ids)
     try:
         scores = scores_from_parquet(store.read(f"runs/{run_id}/report/{SCORES_FILE}"))
     except FileNotFoundError:
         scores = {}
-    return Source(run_id, tuple(rows[cell_id] for cell_id in cell_ids if cell_id in rows), scores, store)
+    return Source(run_id, rows, scores, store)
 
 
 def open_any(word: str, root: str, tracking_uri: str | None = None) -> Source:

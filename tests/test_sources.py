@@ -12,6 +12,7 @@ from harness.cli import main
 from harness.contracts import AdgridError
 from harness.mirrored import read_mirrored_experiment, read_mirrored_run
 from harness.run import remake_report
+from harness.run_folder import read_run
 from harness.sources import keep_rows, name_apart, open_any, open_run, parse_conditions
 from harness.store import Store
 from harness.tracking import PARENT_TAG, Mirror
@@ -32,9 +33,10 @@ def finish(root, run_id, shift, tracking_uri=None, **changes):
         store.publish_scores(
             row.cell_id, {"path": paths, "label": scores.label.tolist(), "image_score": scores.score.tolist()}
         )
-    record = {"name": "toys", "command": "adgrid run toys.yaml", "cell_ids": [row.cell_id for row in rows]}
-    store.publish(f"runs/{run_id}/plan.json", json.dumps(record).encode())
-    files = remake_report(store, run_id, rows, title="toys", command="c", expected=len(rows))
+    trials = [{"trial_id": row.trial_id, "tuned": None, "cell_ids": [row.cell_id]} for row in rows]
+    record = {"name": "toys", "command": "adgrid run toys.yaml", "num_expected": len(rows), "trials": trials}
+    store.publish(f"runs/{run_id}/plan.json", json.dumps({**record, "samples": [], "studies": []}).encode())
+    files = remake_report(store, read_run(store, run_id))
     if tracking_uri is not None:
         Mirror(tracking_uri, "tests").sync("toys", run_id, rows, files, finished=True)
     return rows
