@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -31,6 +31,7 @@ from harness.identity import content_id
 from harness.image_split import ImageSplit
 from harness.measure import Meter
 from harness.metrics import METRICS
+from harness.notes import Loss, Notify
 from harness.represented import RepresentedFeatures, load_representation_state
 from harness.resolve import CategoryData, ResolvedTrial, prediction_facts
 from harness.stages import Judge, seed_everything, train_stage
@@ -42,9 +43,6 @@ from harness.workers import ALONE, Workers
 MAX_TEST_EVALUATIONS = 100
 """How often at most a state picked on test data is looked for in one training."""
 _BARS = "▁▂▃▄▅▆▇█"
-
-Notify = Callable[[str, str, int, int], None]
-"""Progress inside a cell: (category, what is being done, done, in all)."""
 
 
 class ScoreError(ValueError):
@@ -304,7 +302,8 @@ class FittedMethod:
                 done: int, total: int, loss: float, name: str = stage.name, losses: list[float] = losses
             ) -> None:
                 losses.append(loss)
-                self._notify(f"{name} {draw_curve(losses)} loss {loss:.4g}, epoch", done, total)
+                point = Loss(tuple(self._data), name, done, loss)
+                self._notify(f"{name} {draw_curve(losses)} loss {loss:.4g}, epoch", done, total, point)
 
             checkpoints = StoredCheckpoints(self._store, artifact, self._workers, self._settings.checkpoint_seconds)
             seed_everything(derive_seed(seed, stage.name))

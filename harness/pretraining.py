@@ -31,8 +31,9 @@ from harness.contracts import (
 from harness.evaluate import evaluate
 from harness.feature_store import FeatureStore
 from harness.features import FeatureSplit, feature_split
-from harness.fitting import Notify, draw_curve, interleave, pick_device
+from harness.fitting import draw_curve, interleave, pick_device
 from harness.image_split import ImageSplit
+from harness.notes import Notify
 from harness.reference_source import choose_source
 from harness.registry import build_config, load_method, load_representation
 from harness.represented import RepresentedFeatures

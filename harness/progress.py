@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console, RenderableType
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.contracts import Job, Pretraining, ResultRow, Trial
+from harness.notes import Loss
 
 
 def describe(trial: Job) -> str:
@@ -51,6 +53,9 @@ class Listener:
 
     def noted(self, trial: Job, category: str, stage: str, done: int, total: int) -> None:
         """Progress inside a cell or a pretraining."""
+
+    def trained(self, trial: Job, losses: Sequence[Loss]) -> None:
+        """New points of the curves of a trial or a pretraining, in order."""
 
     def finished(self, trial: Trial, row: ResultRow) -> None:
         """A row was saved."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from rich.markup import escape
 from harness.bundle import write_bundle
 from harness.contracts import AdgridError, Job, Pretraining, ResultRow, RunSettings, Trial
 from harness.identity import canonical_json
+from harness.notes import Loss
 from harness.options import RunOptions
 from harness.placement import check_placement
 from harness.plan import Plan, make_plan
@@ -32,6 +34,10 @@ from harness.tracking import Mirror, TrackingUnavailable
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+LOSSES_SECONDS = 5.0
+"""Least time between two portions of losses on their way to MLflow; at most a twentieth of the driver's time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,7 +259,8 @@ def run_space(space: str | Path, *, quiet: bool = False, **options: object) -> p
 
 
 class _Tracker(Listener):
-    """Mirrors rows to MLflow while trials end; an unreachable server costs one note, never a result."""
+    """Mirrors rows to MLflow while trials end, and losses while they train; an unreachable server costs one note,
+    never a result."""
 
     def __init__(self, options: RunOptions, store: Store, plan: Plan) -> None:
         self.notes: list[str] = []
@@ -262,6 +269,8 @@ class _Tracker(Listener):
         self._planned = {trial.trial_id: trial for trial in plan.trials}
         self._rows: dict[tuple[str, str], ResultRow] = {}
         self._mirror: Mirror | None = None
+        self._losses: dict[str, tuple[Trial, list[Loss]]] = {}
+        self._losses_due = 0.0
         if self.uri is not None:
             self._try(lambda: self._open(str(self.uri), options.experiment))
             self._sync([], [], finished=False)  # an unreachable server is told before anything runs
@@ -273,7 +282,19 @@ class _Tracker(Listener):
         self._planned[trial.trial_id] = trial
         self._rows[trial.trial_id, row.cell_id] = show_row(row, trial.trial_id, trial.tuned)
 
+    def trained(self, trial: Job, losses: Sequence[Loss]) -> None:
+        if isinstance(trial, Pretraining) or self._mirror is None:
+            return
+        self._losses.setdefault(trial.trial_id, (trial, []))[1].extend(losses)
+        start, mirror = time.monotonic(), self._mirror
+        if start >= self._losses_due:
+            self._try(lambda: mirror.log_losses(self._plan.space.name, self._plan.run_id, self._losses))
+            self._losses = {}
+            now = time.monotonic()
+            self._losses_due = now + max(LOSSES_SECONDS, 20 * (now - start))
+
     def ended(self, trial: Job) -> None:
+        self._losses.pop(trial.trial_id, None)  # its rows have the whole curves
         if isinstance(trial, Pretraining):
             return
         keys = [(trial.trial_id, cell.cell_id) for cell in trial.cells]

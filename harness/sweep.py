@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import os
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -19,15 +18,13 @@ import ray
 from ray import tune
 
 from harness.contracts import AdgridError, Job, Pretraining, Resources, ResultRow, RowStatus, RunSettings, Trial
+from harness.notes import Notes, read_losses
 from harness.placement import Amounts, max_in_flight, worker_bundle
 from harness.progress import Listener
 from harness.rows import unfinished_row
 from harness.store import Store
 from harness.trial import find_open_cells, is_of_this_start, most_failures, run_job
 from harness.watch import Observer, Watch
-
-NOTE_SECONDS = 1.0
-"""Least time between two notes of progress from one trial."""
 
 
 @contextmanager
@@ -239,7 +236,8 @@ def execute_job(
     Args:
         job: what to run.
         settings: where things lie.
-        report: told `{"row": ...}`, `{"note": ...}` and, if watched, `{"look": [epochs done, objective]}`.
+        report: told `{"row": ...}`, `{"note": ..., "losses": ...}` (see `Notes`) and, if watched,
+            `{"look": [epochs done, objective]}`.
         watch: how closely a study watches; what `report` raises then ends the trial.
     """
     if job.resources.workers > 1:
@@ -257,18 +255,10 @@ def _run_here(trial: Job, settings: RunSettings, report: Callable[[dict[str, Any
 
     # Ray sets OMP_NUM_THREADS, but torch has read it long before a reused worker gets its next trial.
     torch.set_num_threads(max(1, int(trial.resources.cpu)))
-    last = 0.0
-
-    def notify(category: str, stage: str, done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= NOTE_SECONDS:
-            last = time.monotonic()
-            report({"note": [category, stage, done, total]})
-
     observer = None
     if watch is not None:
         observer = Observer(watch=watch, tell=lambda done, value: report({"look": [done, value]}))
-    for row in run_job(trial, settings, notify, observer=observer):
+    for row in run_job(trial, settings, Notes(report), observer=observer):
         report({"row": dataclasses.asdict(row)})
 
 
@@ -310,6 +300,8 @@ class Relay(tune.Callback):
         elif "note" in result:
             for listener in self._listeners:
                 listener.noted(self._ours(trial), *result["note"])
+                if result["losses"]:
+                    listener.trained(self._ours(trial), read_losses(result["losses"]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         for listener in self._listeners:

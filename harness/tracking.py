@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,6 +44,7 @@ from sqlalchemy.exc import SADeprecationWarning, SQLAlchemyError
 from harness.contracts import AdgridError, ResultRow, Trial
 from harness.matrices import NO_BACKBONE, show_value
 from harness.metrics import METRICS
+from harness.notes import Loss
 from harness.report import build_matrices, rows_frame
 
 PARENT_TAG, RUN_TAG, TRIAL_TAG = "mlflow.parentRunId", "adgrid.run_id", "adgrid.trial_id"
@@ -136,19 +137,15 @@ class Mirror:
         listed = list(rows)
         expected = {trial.trial_id: trial.categories for trial in planned}
         with self._reported():
-            client, experiment_id = self._open()
-            if run_id not in self._known:
-                self._known[run_id] = _find_runs(client, experiment_id, space_name, run_id)
-            parent, children = self._known[run_id]
+            client, _ = self._open()
+            parent, children = self._find(space_name, run_id)
             by_trial: dict[str, list[ResultRow]] = {}
             for row in listed:
                 by_trial.setdefault(row.trial_id, []).append(row)
             for trial_id, members in by_trial.items():
-                if trial_id not in children:
-                    tags = {PARENT_TAG: parent.id, TRIAL_TAG: trial_id, "mlflow.source.name": "adgrid", **_user_tag()}
-                    run = client.create_run(experiment_id, run_name=_child_name(members[0]), tags=tags)
-                    children[trial_id] = _Mirrored.of(run)
-                _sync_child(client, children[trial_id], members, expected.get(trial_id))
+                row = members[0]
+                child = self._child(run_id, trial_id, _child_name(row, row.dataset, _searched(row.tuned, row.params)))
+                _sync_child(client, child, members, expected.get(trial_id))
             if finished:
                 for trial_id, child in children.items():
                     _settle(client, child, set(expected.get(trial_id, ())) <= set(child.cells))
@@ -156,6 +153,49 @@ class Mirror:
             _sync_parent(client, parent, about, listed, params or {}, finished, metrics or {})
             if files:
                 _upload(client, parent, files)
+
+    def log_losses(self, space_name: str, run_id: str, losses: Mapping[str, tuple[Trial, Sequence[Loss]]]) -> None:
+        """Adds points to the curves of trials that are still being trained.
+
+        Args:
+            space_name: name of the parent run.
+            run_id: finds the parent run again.
+            losses: trial id to the trial and its new points.
+
+        Raises:
+            TrackingUnavailable: MLflow cannot be reached or refuses.
+        """
+        with self._reported():
+            client, _ = self._open()
+            self._find(space_name, run_id)
+            for trial_id, (trial, points) in losses.items():
+                searched = [] if trial.tuned is None else _searched(asdict(trial.tuned), trial.params)
+                child = self._child(run_id, trial_id, _child_name(trial, trial.dataset.name, searched))
+                now = int(time.time() * 1000)
+                metrics = [
+                    Metric(_key(_curve_name(point.stage, category)), point.value, now, point.epoch)
+                    for point in points
+                    for category in point.categories
+                    if category not in child.cells
+                ]
+                for start in range(0, len(metrics), _METRICS_PER_BATCH):
+                    client.log_batch(child.id, metrics[start : start + _METRICS_PER_BATCH])
+                child.metrics.update({metric.key: metric.value for metric in metrics})
+
+    def _find(self, space_name: str, run_id: str) -> tuple[_Mirrored, dict[str, _Mirrored]]:
+        """The parent run of a run, made if need be, and its children by trial id."""
+        if run_id not in self._known:
+            self._known[run_id] = _find_runs(*self._open(), space_name, run_id)
+        return self._known[run_id]
+
+    def _child(self, run_id: str, trial_id: str, name: str) -> _Mirrored:
+        """The child run of a trial, made under a name if need be."""
+        client, experiment_id = self._open()
+        parent, children = self._known[run_id]
+        if trial_id not in children:
+            tags = {PARENT_TAG: parent.id, TRIAL_TAG: trial_id, "mlflow.source.name": "adgrid", **_user_tag()}
+            children[trial_id] = _Mirrored.of(client.create_run(experiment_id, run_name=name, tags=tags))
+        return children[trial_id]
 
     def _open(self) -> tuple[MlflowClient, str]:
         if self._opened is None:
@@ -294,7 +334,8 @@ def _write(
 ) -> bool:
     """Logs what is new or changed, remembers it and says whether anything was.
 
-    Parameters cannot change in MLflow, so only new ones count. Of a curve the last point tells whether it is there.
+    Parameters cannot change in MLflow, so only new ones count. Of a curve the last point tells whether it is there; if
+    another is the last, those points are written that are not.
     """
     new_params = {
         key: text[:_MAX_PARAM]
@@ -312,7 +353,10 @@ def _write(
     for name, values in (curves or {}).items():
         key = _key(name)
         if values and run.metrics.get(key) != values[-1]:
-            points += [Metric(key, value, now, step) for step, value in enumerate(values, start=1)]
+            there = client.get_metric_history(run.id, key) if key in run.metrics else ()
+            known = {point.step: point.value for point in sorted(there, key=lambda point: point.timestamp)}
+            steps = enumerate(values, start=1)
+            points += [Metric(key, value, now, step) for step, value in steps if known.get(step) != value]
             new_metrics[key] = values[-1]
     others = [Param(key, value) for key, value in new_params.items()]
     labels = [RunTag(key, value) for key, value in new_tags.items()]
@@ -383,7 +427,7 @@ def _sync_child(
         f"{name}/{row.category}": value for row in fresh for name, value in (*row.metrics.items(), *row.costs.items())
     }
     curves = {
-        f"{name.replace('.', '/') if '.' in name else f'loss/{name}'}/{row.category}": values
+        _curve_name(name, row.category): values
         for row in fresh
         if row.status == "ok"
         for name, values in row.curves.items()
@@ -427,16 +471,25 @@ def _summaries(child: _Mirrored) -> dict[str, float]:
     return summaries
 
 
-def _child_name(row: ResultRow) -> str:
-    shots = [] if row.shots is None else [f"{row.shots} shots"]
-    representation = [] if row.representation == "plain" else [row.representation]
-    searched = []
-    if row.tuned:
-        values = [f"{field} {show_value(row.params[field])}" for field in row.tuned["fields"]]
-        searched = [", ".join(values)] if row.tuned["is_sample"] else ["tuned"]
+def _curve_name(curve: str, category: str) -> str:
+    """Of a stage's loss, or of something else that it watched."""
+    return f"{curve.replace('.', '/') if '.' in curve else f'loss/{curve}'}/{category}"
+
+
+def _child_name(of: ResultRow | Trial, dataset: str, searched: Sequence[str]) -> str:
+    shots = [] if of.shots is None else [f"{of.shots} shots"]
+    representation = [] if of.representation == "plain" else [of.representation]
     return " · ".join(
-        [row.method, row.backbone or "no backbone", *representation, row.dataset, *shots, f"seed {row.seed}", *searched]
+        [of.method, of.backbone or "no backbone", *representation, dataset, *shots, f"seed {of.seed}", *searched]
     )
+
+
+def _searched(tuned: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
+    """The values of searched fields, or that they are the best ones."""
+    if not tuned:
+        return []
+    values = [f"{field} {show_value(params[field])}" for field in tuned["fields"]]
+    return [", ".join(values)] if tuned["is_sample"] else ["tuned"]
 
 
 def _child_params(row: ResultRow) -> dict[str, object]:

@@ -25,6 +25,7 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harness.contracts import Job, Resources, RunSettings
+from harness.notes import Notes
 from harness.placement import worker_bundle
 from harness.store import Store
 from harness.trial import most_failures, run_job
@@ -37,8 +38,6 @@ START_SECONDS = 600
 """How long a group waits for its places before that counts as a failure: time for an autoscaler to add nodes."""
 MAX_UNPLACED = 2
 """How often in a row a group may fail to be placed before its trial fails, where Ray would try for ever."""
-NOTE_SECONDS = 1.0
-"""Least time between two notes of progress from one trial."""
 
 
 def run_with_workers(
@@ -56,7 +55,7 @@ def run_with_workers(
             asked for, and ends when this generator is closed instead.
 
     Yields:
-        `{"row": fields of a ResultRow}` for each finished cell, `{"note": [category, stage, done, total]}` and
+        `{"row": fields of a ResultRow}` for each finished cell, `{"note": ..., "losses": ...}` (see `Notes`) and
         `{"look": [epochs done, objective]}`.
 
     Raises:
@@ -140,19 +139,12 @@ def _work(config: dict[str, Any]) -> None:
         local_size=place.get_local_world_size(),
         group=dist.new_group(backend="gloo") if place.get_world_size() > 1 else None,
     )
-    last = 0.0
 
     def tell(message: dict[str, Any]) -> None:
         # Rows are saved already; a listener that is gone must not turn finished work into a failure.
         with suppress(RayError):
             if workers.leads:
                 messages.put(message)
-
-    def notify(category: str, stage: str, done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= NOTE_SECONDS:
-            last = time.monotonic()
-            tell({"note": [category, stage, done, total]})
 
     owed = 0  # verdicts on what was told since the last one was asked for
 
@@ -171,6 +163,6 @@ def _work(config: dict[str, Any]) -> None:
 
     observer = None if watch is None else Observer(watch=watch, tell=look, goes_on=goes_on)
     with suppress(Stopped):
-        for row in run_job(trial, settings, notify, workers, observer):
+        for row in run_job(trial, settings, Notes(tell), workers, observer):
             tell({"row": dataclasses.asdict(row)})
             owed += 1

@@ -13,7 +13,8 @@ import numpy as np
 
 from harness.contracts import Cell, Job, Pretraining, ResultRow, RunSettings, Trial
 from harness.evaluate import evaluate
-from harness.fitting import FittedMethod, Notify, is_being_extracted
+from harness.fitting import FittedMethod, is_being_extracted
+from harness.notes import Notify
 from harness.pretraining import MAX_FAILURES, run_pretraining
 from harness.resolve import CategoryData, ResolvedTrial, identify_cells, open_dataset, read_category, resolve_trial
 from harness.rows import finished_row, unfinished_row

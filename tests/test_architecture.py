@@ -11,7 +11,7 @@ LAYERS = [
     ["contracts"],
     ["registry", "identity", "measure", "maps", "pixel_counts", "curves", "metrics", "store"],
     ["bundle", "intervals", "ranks"],
-    ["workers", "watch", "checkpoints", "placement", "options", "datasets"],
+    ["workers", "watch", "notes", "checkpoints", "placement", "options", "datasets"],
     ["taps", "imagebind", "positions", "backbone_table", "download", "weights", "backbones", "backbone_check"],
     ["feature_store", "image_split", "features", "stages", "auxiliary"],
     ["matrices", "tables", "figures", "truth", "resolve", "represented", "evaluate", "rows", "fitting", "sheets"],
@@ -29,8 +29,8 @@ LAYERS = [
         "tracking",
         "mirrored",
     ],
-    ["sources", "compare_commands"],
-    ["run_folder", "run"],
+    ["run_folder", "sources", "compare_commands"],
+    ["run"],
     ["cli"],
 ]
 HOMES = {

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from runs import SPACE, SmallRun, quiet_console
 
+from harness.progress import Listener
 from harness.run import execute
 from harness.sweep import connect, run_trials
 
@@ -49,6 +50,29 @@ def test_a_grid_with_a_worker_killed_once_is_complete(run, tmp_path):
     assert len(outcome.rows) == 6
     assert note.read_text().count("fit") == 2
     assert execute(space, run.options(), quiet_console(), "test").num_computed == 0
+
+
+class Curves(Listener):
+    """Keeps the losses that it hears of."""
+
+    def __init__(self):
+        self.told = {}
+
+    def trained(self, trial, losses):
+        for loss in losses:
+            assert loss.categories == (loss.categories[0],)
+            self.told.setdefault(loss.categories[0], []).append((loss.epoch, loss.value))
+
+
+def test_losses_are_told_while_a_trial_runs(run, tmp_path):
+    plan = run.plan(SPACE.replace("[toy_features]", "[{name: toy_tuned, params: {epochs: 3}}]"))
+    curves = Curves()
+    rows = run_trials(plan.trials, run.settings(plan), [curves])
+    assert curves.told  # of quick stages perhaps the first loss alone
+    for row in rows:
+        whole = list(enumerate(row.curves["tuning"], start=1))
+        told = curves.told.get(row.category, [])
+        assert told == whole[: len(told)]
 
 
 def test_a_cell_that_always_kills_its_worker_is_a_failed_row(run, tmp_path):

@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from toy_rows import toy_row
 
 from harness.contracts import AdgridError, DatasetRef, EvaluationProtocol, Resources, Trial
+from harness.notes import Loss
 from harness.report import build_matrices, rows_frame, write_report
 from harness.tracking import CELLS_TAG, PARENT_TAG, RUN_TAG, TRIAL_TAG, Mirror, TrackingUnavailable, _key, ui_command
 
@@ -131,6 +132,29 @@ def test_a_loss_is_a_curve_with_a_point_per_epoch(server):
     (child,) = server.children("curve")
     history = server.client.get_metric_history(child.info.run_id, "loss/flow/bolt")
     assert [(point.step, point.value) for point in history] == [(1, 3.0), (2, 2.5), (3, 2.5)]
+
+
+def test_losses_are_there_while_a_trial_is_trained_and_no_point_twice(server):
+    row = toy_row(0.8, curves={"flow": (3.0, 2.5, 2.25, 2.0)})
+    trial = dataclasses.replace(planned([row], ("bolt",)), method=row.method)
+    mirror = server.mirror()
+
+    def points():
+        (child,) = server.children("live")
+        history = server.client.get_metric_history(child.info.run_id, "loss/flow/bolt")
+        return child.info, sorted((point.step, point.value) for point in history)
+
+    for losses in ([(1, 3.0)], [(2, 2.5)]):
+        mirror.log_losses("toys", "live", {row.trial_id: (trial, [Loss(("bolt",), "flow", *one) for one in losses])})
+    info, found = points()
+    assert (info.run_name, info.status) == ("padim · resnet18 · parts · seed 0", "RUNNING")
+    assert found == [(1, 3.0), (2, 2.5)]
+    # The row comes to another driver: it writes what is missing, and later nothing.
+    for _ in range(2):
+        server.mirror().sync("toys", "live", [row], finished=True)
+        info, found = points()
+        assert info.status == "FINISHED"
+        assert found == [(1, 3.0), (2, 2.5), (3, 2.25), (4, 2.0)]
 
 
 def test_a_metric_without_masks_is_not_there(server):
