@@ -415,7 +415,7 @@ def test_a_trial_whose_process_ended_goes_on_from_the_last_checkpoint(run, monke
     plan = run.plan(TUNED)
     settings = run.settings(plan, checkpoint_seconds=0)
 
-    def pull_the_plug(category, stage, done, total):
+    def pull_the_plug(category, stage, done, total, loss=None):
         if "epoch" in stage and done == 3:
             raise KeyboardInterrupt
 
