@@ -541,7 +541,8 @@ class ReferenceChoice:
 
     mode: Literal["shots", "files", "aligned"] = "shots"
     """`shots`: drawn training images, the same for every image. `files`: given images, likewise. `aligned`: for each
-    image the training images most like it, itself excluded, which every row says."""
+    image the training images most like it, itself excluded, which every row says; given lists name them for test
+    images."""
     shots: int = 8
     """How many are drawn, or all where a category has fewer."""
     seed: int = 0
@@ -549,7 +550,8 @@ class ReferenceChoice:
     k: int = 10
     """How many training images `aligned` gives each image."""
     path: str | None = None
-    """Folder of the given images, CATEGORY/train/good or DATASET/CATEGORY/train/good below it."""
+    """`files`: folder of the images, CATEGORY/train/good or DATASET/CATEGORY/train/good below it. `aligned`: folder of
+    lists, CATEGORY.json or DATASET/CATEGORY.json below it; see `harness.given_references`."""
     exclude_from_fit: bool = False
     """Keep drawn references out of the images that the method is fitted to; the paper does not."""
 

@@ -310,7 +310,7 @@ class _Reader:
 
     def _category(self, dataset: Dataset, name: str, point: GridPoint) -> CategoryData:
         reference = point.representation.reference.resolved() if point.backbone is not None else None
-        given = reference.path if reference is not None else None
+        given = None if reference is None or reference.path is None else reference
         key = (point.dataset.ref(), name, point.shots, point.seed if point.shots is not None else 0, given)
         if key not in self._data:
             self._notify(f"hashing {dataset.name}/{name}", len(self._data), 0)

@@ -102,7 +102,9 @@ class RepresentationPlanner:
         resolved = resolve_backbone(backbone.name, weights, self._places.cache_dir)
         wanted = load_representation(entry.kind_name).levels
         layers = check_layers(resolved, entry.layers) if entry.layers else choose_layers(resolved, wanted)
-        stamps = ["references like each test image"] if reference.mode == "aligned" else []
+        stamps = []
+        if reference.mode == "aligned":
+            stamps.append("references like each test image" + ("" if reference.path is None else ", from given lists"))
         checkpoint = None
         if entry.checkpoint is not None:
             checkpoint = _checkpoint_path(entry, backbone)

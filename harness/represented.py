@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.auxiliary import JoinedSplit
 from harness.contracts import AdgridError, Batch, Category, Representation, RepresentationRef, Sample, SampleKey, Split
 from harness.datasets.fingerprint import draw_shots
 from harness.features import FeatureSplit, derive_split
@@ -104,6 +105,8 @@ class RepresentedFeatures:
         images = self.references[category] or data.train
         facts = [self._ref.kind, representation_version(self._ref.kind), self._ref.params, self._ref.artifact_id]
         facts += [self._ref.layers, choice["mode"], choice["k"], [data.hashes[sample.path] for sample in images]]
+        if data.alike is not None:
+            facts.append({data.hashes[path]: [data.hashes[s.path] for s in own] for path, own in data.alike.items()})
         return content_id(facts)
 
     def change(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -126,16 +129,26 @@ class RepresentedFeatures:
     ) -> tuple[Tensor, ...]:
         if self._ref.reference.mode != "aligned":
             return self._representation.apply(levels, self._reference_tokens(category))
-        if category not in self._alike:
-            train = self._plain_split(self._data[category].train, "train")
-            self._alike[category] = _AlikeImages(train, self._ref.reference.k)
-        alike = self._alike[category]
+        alike, lists = self._alike_images(category), self._data[category].alike or {}
         changed = []
         for row in range(len(levels[0])):
             image = tuple(level[row : row + 1] for level in levels)
             own = None if samples is None else samples[row]
-            changed.append(self._representation.apply(image, alike.tokens(image, own)))
+            listed = lists.get(own.path) if own is not None else None
+            places = alike.find(image, own) if listed is None else alike.positions(listed)
+            changed.append(self._representation.apply(image, alike.tokens(places)))
         return tuple(torch.cat(parts) for parts in zip(*changed, strict=True))
+
+    def _alike_images(self, category: str) -> _AlikeImages:
+        if category not in self._alike:
+            data = self._data[category]
+            train = self._plain_split(data.train, "train")
+            # Lists are made from all training images, and a k-shot run fits to a few of them.
+            listed = {sample.path: sample for samples in (data.alike or {}).values() for sample in samples}
+            others = [sample for path, sample in listed.items() if path not in {one.path for one in data.train}]
+            parts = [train, *([self._plain_split(others, "train")] if others else [])]
+            self._alike[category] = _AlikeImages(parts, self._ref.reference.k)
+        return self._alike[category]
 
     def _reference_tokens(self, category: str) -> tuple[Tensor, ...]:
         """(R, D) per level."""
@@ -152,20 +165,28 @@ class RepresentedFeatures:
 class _AlikeImages:
     """Training images by their likeness: cosine of the mean of the deepest level."""
 
-    def __init__(self, train: Split, num: int) -> None:
-        self._train, self._num = train, num
-        self._position = {sample.path: place for place, sample in enumerate(train.samples)}
-        self._directions = torch.cat([_direction(batch.levels[-1]) for batch in train if batch.levels])  # (N, D)
+    def __init__(self, parts: Sequence[Split], num: int) -> None:
+        """Args: the images that are compared, then those that only lists name; how many each image gets."""
+        self._images, self._num = JoinedSplit([("", part) for part in parts]), num
+        self._position = {sample.path: place for place, sample in enumerate(self._images.samples)}
+        self._directions = torch.cat([_direction(batch.levels[-1]) for batch in parts[0] if batch.levels])  # (N, D)
 
-    def tokens(self, image: tuple[Tensor, ...], sample: SampleKey | None) -> tuple[Tensor, ...]:
-        """(R, D) per level of the training images most like one image (1, D, h, w), itself excluded."""
+    def find(self, image: tuple[Tensor, ...], sample: SampleKey | None) -> list[int]:
+        """The training images most like one image (1, D, h, w) per level, itself excluded."""
         likeness = self._directions @ _direction(image[-1])[0]
         own = None if sample is None else self._position.get(sample.path)
         if own is not None and len(likeness) > 1:
             likeness[own] = -torch.inf
         available = len(likeness) - (own is not None and len(likeness) > 1)
-        places = likeness.topk(min(self._num, available)).indices.sort().values.tolist()
-        batch = self._train.take(places)
+        return likeness.topk(min(self._num, available)).indices.sort().values.tolist()
+
+    def positions(self, samples: Sequence[Sample]) -> list[int]:
+        """Where these images are."""
+        return [self._position[sample.path] for sample in samples]
+
+    def tokens(self, places: Sequence[int]) -> tuple[Tensor, ...]:
+        """(R, D) per level of the images at these positions."""
+        batch = self._images.take(places)
         assert batch.levels is not None, "plain features were asked for"
         return tuple(_tokens_of(level) for level in batch.levels)
 

@@ -27,9 +27,10 @@ from harness.contracts import (
     Sample,
     Trial,
 )
-from harness.datasets.files import IMAGE_EXTENSIONS, list_folder, resolve_path
+from harness.datasets.files import IMAGE_EXTENSIONS
 from harness.datasets.fingerprint import content_hashes, draw_shots
 from harness.feature_store import FEATURES_VERSION
+from harness.given_references import list_given_references, read_alike_lists
 from harness.identity import content_id, images_fingerprint, truth_fingerprint
 from harness.metrics import METRIC_VERSION
 from harness.registry import build_config, build_dataset, load_method, method_version, representation_version
@@ -50,6 +51,8 @@ class CategoryData:
     """Absolute path -> SHA-256 of the file, masks included."""
     references: tuple[Sample, ...] = ()
     """Given images that features are compared with."""
+    alike: Mapping[str, tuple[Sample, ...]] | None = None
+    """Path of a test image -> given training images most like it; None where they are to be found."""
     images_id: str
     truth_id: str
 
@@ -98,9 +101,14 @@ def read_category(
         )
     train = draw_shots(dataset.name, listing, shots, seed)
     references = () if reference is None else list_given_references(dataset.name, category, reference)
-    files = [sample.path for sample in (*train, *listing.test, *references)]
+    alike = None if reference is None else read_alike_lists(dataset.name, listing, reference)
+    listed = {sample.path: sample for samples in (alike or {}).values() for sample in samples}
+    files = [sample.path for sample in (*train, *listing.test, *references, *listed.values())]
     files += [sample.mask_path for sample in listing.test if sample.mask_path]
     hashes = content_hashes(files, cache_dir)
+    images_id = images_fingerprint((*train, *listing.test, *references), hashes)
+    if alike is not None:
+        images_id = content_id([images_id, [images_fingerprint(samples, hashes) for samples in alike.values()]])
     return CategoryData(
         category=category,
         train=train,
@@ -108,38 +116,9 @@ def read_category(
         has_masks=listing.has_masks,
         hashes=hashes,
         references=references,
-        images_id=images_fingerprint((*train, *listing.test, *references), hashes),
+        alike=alike,
+        images_id=images_id,
         truth_id=truth_fingerprint(listing.test, hashes, listing.has_masks),
-    )
-
-
-def list_given_references(dataset: str, category: str, choice: ReferenceChoice) -> tuple[Sample, ...]:
-    """The images in the folder that a space gives for a category; none where references are drawn.
-
-    Raises:
-        AdgridError: the folder holds no image of the category.
-    """
-    if choice.mode != "files":
-        return ()
-    assert choice.path is not None, "a space that gives references names their folder"
-    folders = [f"{resolve_path(choice.path)}/{inner}{category}/train/good" for inner in (f"{dataset}/", "")]
-    for folder in folders:
-        names = [entry.name for entry in list_folder(folder) if entry.is_image]
-        if names:
-            return tuple(
-                Sample(
-                    path=f"{folder}/{name}",
-                    category=category,
-                    sample_id=f"reference/{name}",
-                    split="train",
-                    label=0,
-                    defect_type="good",
-                )
-                for name in names
-            )
-    raise AdgridError(
-        f"reference.path: no images of category {category!r} of dataset {dataset!r} in {' or '.join(folders)}; "
-        f"put them there"
     )
 
 

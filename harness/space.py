@@ -125,8 +125,13 @@ class ReferenceEntry(_Strict):
 
     @model_validator(mode="after")
     def _files_have_a_folder(self) -> ReferenceEntry:
-        if (self.mode == "files") != (self.path is not None):
-            raise ValueError("`mode: files` needs the folder of the images as `path`, and no other mode has one")
+        if self.mode == "files" and self.path is None:
+            raise ValueError("`mode: files` needs the folder of the images as `path`")
+        if self.mode == "shots" and self.path is not None:
+            raise ValueError(
+                "`mode: shots` draws its images and has no `path`; say `mode: files` for a folder of images, or "
+                "`mode: aligned` for lists"
+            )
         if self.exclude_from_fit and self.mode != "shots":
             raise ValueError("`exclude_from_fit` is for drawn references, `mode: shots`; leave it out")
         return self

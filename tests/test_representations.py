@@ -1,6 +1,7 @@
 """Trained representations: planned, pretrained once, and read by methods in place of plain features."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -106,6 +107,7 @@ def test_ids_follow_what_a_representation_is_and_not_what_it_is_called(run):
         (("    data:", "    params: {epoch: 1}\n    data:"), ["no parameter 'epoch'", "'epochs'"]),
         (("shots: 2", "shot: 2"), ["unknown key 'shot'", "'shots'"]),
         (("shots: 2", "mode: files"), ["needs the folder of the images as `path`"]),
+        (("shots: 2", "shots: 2, path: x"), ["`mode: shots` draws its images and has no `path`"]),
         (("shots: 2", "mode: aligned, exclude_from_fit: true"), ["for drawn references"]),
         (("    data:", "    selection: heldout_categories\n    data:"), ["names the datasets it picks by"]),
         (("- plain", "- {name: plain, seed: 1}"), ["'plain' is the features as they are", "rename it"]),
@@ -322,6 +324,82 @@ def test_aligned_references_are_the_training_images_most_like_each_image(run):
     cell = next(cell for cell in plan.trials[0].cells if cell.category == "middle")
     stored = run.store.load_prediction(cell.prediction_id).anomaly_maps
     assert stored == pytest.approx(expected.numpy(), rel=2e-3, abs=1e-4)
+
+
+def toy_category(run, name):
+    return build_dataset(DatasetRef(name="toy_squares", layout="toy_squares"), run.places).category(name)
+
+
+def write_lists(folder, category, lists):
+    """Lists as ADPretrain's authors give them: paths are those of another machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def elsewhere(path):
+        return f"/data/theirs/{category.name}/{path.rpartition(f'/{category.name}/')[2]}"
+
+    content = {elsewhere(path): [elsewhere(one.path) for one in named] for path, named in lists.items()}
+    (folder / f"{category.name}.json").write_text(json.dumps(content))
+
+
+def test_given_lists_name_the_references_of_each_test_image(run, tmp_path):
+    space = only(TRAINED).replace("[middle, large]", "[middle]")
+    found = run.plan(space.replace("shots: 2", "mode: aligned, k: 2"))
+    category = toy_category(run, "middle")
+    order = {sample.path: [category.train[(place + step) % 6] for step in range(3)]
+             for place, sample in enumerate(category.test)}  # fmt: skip
+    for layout in ("one/toy_squares", "two"):
+        write_lists(tmp_path / layout, category, order)
+    plans = [
+        run.plan(space.replace("shots: 2", f"mode: aligned, k: 2, path: {tmp_path}/{way}")) for way in ("one", "two")
+    ]
+    assert plans[0].cell_ids == plans[1].cell_ids != found.cell_ids
+    (row,) = run.run_plan(plans[0]).values()
+    assert row.stamps == ("random weights", "references like each test image, from given lists")
+    stored = run.store.load_prediction(row.prediction_id).anomaly_maps
+    factor = run.store.load_state(plans[0].pretrainings[0].trial_id)["factor"]
+    train, test = (slow_features(run, samples)[0] for samples in (category.train, category.test))
+
+    def change(level, places):
+        return (level - train[places].mean(dim=(0, 2, 3)).view(-1, 1, 1)) * factor
+
+    likeness = torch.cosine_similarity(train.mean(dim=(2, 3))[:, None], train.mean(dim=(2, 3))[None], dim=2)
+    likeness.fill_diagonal_(-2)  # training images have no list and find those most like them
+    mean = round_as_stored(torch.stack([change(level, likeness[i].topk(2).indices) for i, level in enumerate(train)]))
+    changed = torch.stack([change(level, [place % 6, (place + 1) % 6]) for place, level in enumerate(test)])
+    expected = (round_as_stored(changed) - mean.mean(dim=0)).norm(dim=1)
+    assert stored == pytest.approx(expected.numpy(), rel=2e-3, abs=1e-4)
+    # With few training images, lists still name all of them.
+    few = f"shots: [2]\n{space}".replace("shots: 2}", f"mode: aligned, k: 2, path: {tmp_path}/two}}")
+    (row,) = run(few).values()
+    assert row.status == "ok", row.reason
+    write_lists(tmp_path / "two", category, {path: named[::-1] for path, named in order.items()})
+    assert run.plan(space.replace("shots: 2", f"mode: aligned, k: 2, path: {tmp_path}/two")).cell_ids != found.cell_ids
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda lists, test, train: None, ["no list of category 'middle' of dataset 'toy_squares'", "put it there"]),
+        (lambda lists, test, train: lists.pop(test[3].path), ["no training images are listed for", "test"]),
+        (lambda lists, test, train: lists.update({test[0].path: [test[1]]}), ["is no training image of category"]),
+        (lambda lists, test, train: "[1", ["cannot be read as JSON"]),
+        (lambda lists, test, train: "[1]", ["is no list of references"]),
+    ],
+)
+def test_lists_that_do_not_fit_are_named_by_the_plan(run, tmp_path, change, expected):
+    category = toy_category(run, "middle")
+    lists = {sample.path: list(category.train[:2]) for sample in category.test}
+    text = change(lists, category.test, category.train)
+    if expected[0].startswith("no list"):
+        tmp_path.joinpath("lists").mkdir()
+    else:
+        write_lists(tmp_path / "lists", category, lists)
+    if isinstance(text, str):
+        (tmp_path / "lists" / "middle.json").write_text(text)
+    space = only(TRAINED).replace("[middle, large]", "[middle]")
+    (missing,) = run.plan(space.replace("shots: 2", f"mode: aligned, path: {tmp_path}/lists")).missing
+    for part in expected:
+        assert part in missing.reason
 
 
 # --- the pretraining -----------------------------------------------------------------------------------------------
