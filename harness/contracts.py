@@ -612,7 +612,7 @@ class Pretraining:
     """So many references of each category and view, kept in memory; None for all."""
     num_images: int
     num_references: int
-    """Normal images among them that references are drawn from."""
+    """Normal images among them that references are drawn from: those of the pool where there is one."""
     cells: tuple[Cell, ...] = ()
     """None: it is scored by the trials that use it."""
 

@@ -1,4 +1,4 @@
-"""Reference images that a space gives: a folder of images for a category, or a list of training images for each image."""
+"""Reference images that a space gives: a folder of images for a category, or a list of training images per image."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def read_alike_lists(
         unknown = [path for path in chosen if path not in train]
         if unknown:
             raise AdgridError(
-                f"reference.path, {file}: {unknown[0]} is listed for {sample.path} and is no training image of category "
-                f"{listing.name!r} of dataset {dataset!r}; give lists made for the layout of this dataset"
+                f"reference.path, {file}: {unknown[0]} is listed for {sample.path} and is no training image of "
+                f"category {listing.name!r}, dataset {dataset!r}; give lists made for the layout of this dataset"
             )
         alike[sample.path] = tuple(train[path] for path in chosen)
     return alike

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ class RepresentationPlanner:
             reference_source=entry.reference_source,
             pool=entry.pool,
             num_images=sum(len(one.samples) for one in labelled),
-            num_references=sum(len(one.normal) for one in labelled),
+            num_references=_count_references(labelled, entry.pool),
         )
         resolved = resolve_backbone(backbone.name, weights, self._places.cache_dir)
         level_shapes(resolved, layers, pretraining.protocol.image_size)  # refuses a size that does not fit
@@ -221,6 +222,12 @@ def _chosen_categories(entry: DatasetEntry, dataset: Dataset) -> tuple[str, ...]
         if name not in known:
             raise AdgridError(f"representations, data, {entry.name!r}: unknown category {name!r}{suggest(name, known)}")
     return entry.categories or known
+
+
+def _count_references(labelled: Sequence[LabelledCategory], pool: int | None) -> int:
+    """Normal images, or as many of each category and view as a pool keeps."""
+    groups = Counter((one.dataset, one.category, sample.view) for one in labelled for sample in one.normal)
+    return sum(number if pool is None else min(pool, number) for number in groups.values())
 
 
 def _image_hashes(one: LabelledCategory) -> Iterator[str]:

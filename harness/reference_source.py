@@ -20,8 +20,8 @@ from harness.backbone_table import ResolvedBackbone
 from harness.backbones import FrozenBackbone, level_shapes
 from harness.contracts import Pretraining
 
-STORED_BYTES = 2
-"""Of a number in the store, float16."""
+STORED_BYTES, KEPT_BYTES = 2, 4
+"""Of a number in the store, float16, and in a pool in memory, float32."""
 PROBE_BYTES = 2**26
 PROBE_IMAGES = 4
 
@@ -41,7 +41,7 @@ def choose_source(
     cache_gib: float,
     device: torch.device,
 ) -> SourceChoice:
-    """Store or encode, as the space says or as is faster.
+    """Store or encode, as the space says or as is faster; the images of a pool are few and encoded once.
 
     Args:
         pretraining: what is trained.
@@ -54,7 +54,15 @@ def choose_source(
         source = pretraining.reference_source
         return SourceChoice(source=source, reason=f"references: {source}, as the space says")
     shapes = level_shapes(backbone, pretraining.layers, pretraining.protocol.image_size)
-    image_bytes = STORED_BYTES * sum(math.prod(shape) for shape in shapes)
+    numbers = sum(math.prod(shape) for shape in shapes)
+    if pretraining.pool is not None:
+        gib = pretraining.num_references * KEPT_BYTES * numbers / 2**30
+        return SourceChoice(
+            source="encode",
+            reason=f"references: a pool of {pretraining.num_references}, each encoded once; its features take "
+            f"{gib:.3g} GiB in the memory of each worker",
+        )
+    image_bytes = STORED_BYTES * numbers
     gib = pretraining.num_references * image_bytes / 2**30
     size = f"features of {pretraining.num_references} references take {gib:.3g} GiB"
     if gib > cache_gib:

@@ -381,7 +381,7 @@ def test_given_lists_name_the_references_of_each_test_image(run, tmp_path):
     [
         (lambda lists, test, train: None, ["no list of category 'middle' of dataset 'toy_squares'", "put it there"]),
         (lambda lists, test, train: lists.pop(test[3].path), ["no training images are listed for", "test"]),
-        (lambda lists, test, train: lists.update({test[0].path: [test[1]]}), ["is no training image of category"]),
+        (lambda lists, test, train: lists.update({test[0].path: [test[1]]}), ["is no training image of"]),
         (lambda lists, test, train: "[1", ["cannot be read as JSON"]),
         (lambda lists, test, train: "[1]", ["is no list of references"]),
     ],
@@ -469,6 +469,11 @@ def test_a_source_is_chosen_by_room_and_measured_speed(run, monkeypatch):
     assert choose().source == "encode"
     assert "more than the cache's bound" in choose(cache_gib=1e-9).reason
     assert choose(reference_source="store").source == "store"
+    pooled = run.plan(TRAINED.replace("kind: toy_scaled", "kind: toy_scaled\n    pool: 2")).pretrainings[0]
+    assert pooled.num_references == 2  # of ten in one category, which has one view
+    monkeypatch.setattr(reference_source, "measure_storage", lambda *_: 1e9)
+    assert choose(pool=2, num_references=2).source == "encode"
+    assert choose(pool=2, num_references=2).reason.startswith("references: a pool of 2, each encoded once")
 
 
 def test_a_pretraining_that_fails_says_why_and_is_tried_again_by_the_next_start(run):

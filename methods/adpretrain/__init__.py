@@ -11,7 +11,6 @@ Differences from that code:
 - Parameters are float32, with a forward pass in the training's precision; theirs are bfloat16 throughout. Both losses
   and the nearest references are always computed in float32 or better.
 - Losses never hold the matrix of all similarities, and do not depend on the number of workers (`Config.negatives`).
-- A batch without an anomalous image makes a step with zero loss (`Config.normal_batches`); theirs makes none.
 - Batches of an epoch differ by one image at most in size; theirs drops the last, smaller one, also for the centre.
 - Views are made in floating point (`methods.adpretrain.views`), not in 8 bits.
 - Any number of levels of any widths; widths that are not multiples of 16 have fewer heads than 16, and patches of less

@@ -49,9 +49,9 @@ class Config:
     view_statistics: Literal["clip", "backbone"] = "clip"
     """Input scale of the two views: `clip`, as in the code, whatever the backbone's own is that references, centre and
     later use have; `backbone` has its own scale for all."""
-    normal_batches: Literal["zero", "skip"] = "zero"
-    """What becomes of a batch without an anomalous image: a step with zero loss, in which weight decay and the
-    momentum of Adam still act, or, as in the code, no step."""
+    normal_batches: Literal["skip", "zero"] = "skip"
+    """What becomes of a batch without an anomalous image: no step, as in the code, or a step with zero loss, in which
+    weight decay and the momentum of Adam still act."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "centre_references", "num_references"):
@@ -76,7 +76,7 @@ class Config:
             ("norm_form", ("root", "pseudo_huber")),
             ("negatives", ("gathered", "local")),
             ("view_statistics", ("clip", "backbone")),
-            ("normal_batches", ("zero", "skip")),
+            ("normal_batches", ("skip", "zero")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, got {getattr(self, name)!r}")
