@@ -18,11 +18,16 @@ run: $(VENV)/.installed
 plan: $(VENV)/.installed
 	$(BIN)/adgrid plan $(SPACE) --root $(ROOT)
 
+# Tests that start Ray need the cores to themselves; the others share them, a file at a time.
+PYTEST := $(BIN)/python -m pytest
+SHARED := -n $(shell $(PYTHON) -c "import os; print(min(os.cpu_count(), 8))") --dist loadfile
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST) $(SHARED) -m "not ray"
+	$(PYTEST) -m ray
 
 test-fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not ray and not data"
+	$(PYTEST) $(SHARED) -m "not slow and not ray and not data"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
