@@ -125,6 +125,26 @@ def aupro(intervals: Intervals, exact: np.ndarray, num_regions: int, limit: floa
     return Result(value, float(error.sum() + error_above.sum()), ((place, error), (blamed, error_above)))
 
 
+def draw_pixel_curves(intervals: Intervals, num_points: int) -> dict[str, np.ndarray]:
+    """Points of the ROC and of the PRO curve, from no pixel to all, where the curves are long.
+
+    Args:
+        intervals: counts of pixels.
+        num_points: about how many points.
+
+    Returns:
+        `false_positive_rate`, `true_positive_rate`, `region_overlap`: (K,) rising from 0 to 1.
+    """
+    counts = (intervals.normal, intervals.defect, intervals.weight)
+    sums = [np.concatenate([[0.0], np.cumsum(count[::-1], dtype=np.float64)]) for count in counts]
+    false, true, overlap = (values / values[-1] for values in sums)
+    # Where defects are found the false positives are few, so their rate counts by its root too.
+    length = sum(np.abs(np.diff(values, prepend=0)).cumsum() for values in (false, np.sqrt(false), true, overlap))
+    chosen = np.unique(np.searchsorted(length, np.linspace(0, length[-1], num_points)).clip(max=len(length) - 1))
+    curves = {"false_positive_rate": false, "true_positive_rate": true, "region_overlap": overlap}
+    return {name: values[chosen] for name, values in curves.items()}
+
+
 def _sum_above(counts: np.ndarray) -> np.ndarray:
     """(I,) int64 sums of all that follows."""
     return int(counts.sum()) - np.cumsum(counts, dtype=np.int64)

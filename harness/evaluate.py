@@ -6,15 +6,16 @@ A fresh cell and one that is re-scored later both come through here, so their nu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harness.contracts import EvaluationProtocol
+from harness.contracts import EvaluationProtocol, Sample
 from harness.maps import full_resolution, reduce_maps
-from harness.metrics import PixelMetrics, image_metrics
+from harness.metrics import METRICS, PixelMetrics, image_metrics, image_ranges
 from harness.store import StoredPrediction
 from harness.truth import Truth
 
@@ -28,7 +29,9 @@ class Evaluation:
 
     metrics: dict[str, float]
     bounds: dict[str, float]
-    """Largest possible numerical error of a pixel metric."""
+    """Largest possible error of a metric of maps, their rounding for storage included."""
+    curves: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """Points of the pixel ROC and PRO curves; see `harness.curves.draw_pixel_curves`."""
     image_scores: np.ndarray
     """(N,) float32 in the order of the test images."""
     label: np.ndarray
@@ -46,7 +49,7 @@ def evaluate(
     """Metrics of one category.
 
     Args:
-        prediction: raw maps and scores of the test images.
+        prediction: maps and scores of the test images.
         label: (N,) 1 = anomalous, in the same order.
         truth: their masks; None leaves pixel metrics out: they are not available.
         protocol: resolved, no field left to method or backbone.
@@ -56,7 +59,7 @@ def evaluate(
     Raises:
         MetricError: one-class test set, scores that are not finite, no defective pixel.
     """
-    maps = torch.from_numpy(np.array(prediction.anomaly_maps))
+    maps, error = torch.from_numpy(np.array(prediction.anomaly_maps)), prediction.maps.error
     if len(maps) != len(label):
         raise ValueError(f"{len(maps)} predictions for {len(label)} test images")
     scores, reduction = prediction.image_scores if own_score else None, protocol.score_reduction
@@ -71,20 +74,67 @@ def evaluate(
             regions = truth.regions(number * CHUNK, number * CHUNK + len(rows))
             yield rows, regions != 0, regions
 
+    reduced = scores is None
     if scores is None:
         scores = torch.cat([reduce_maps(rows, reduction) for rows in chunks()]).numpy()
     counted = count_labels(label, truth, protocol)
-    metrics = image_metrics(scores, counted)
+    metrics, ranges = image_metrics(scores, counted), {}
+    if reduced:
+        # A padded mean counts what is beyond the border as 0, so that it may fall below the lowest value of the maps.
+        lowest = min(error.offset, 0.0) if reduction == "mean_pool_21" else error.offset
+        error_of_score = dataclasses.replace(error, offset=lowest)
+        ranges = image_ranges(scores, counted, error_of_score)
     if sample_id is not None:
-        metrics |= sample_metrics(scores, counted, sample_id)
-    bounds: dict[str, float] = {}
+        samples = sample_scores(scores, counted, sample_id)
+        if samples is not None:
+            metrics["sample_auroc"] = image_metrics(*samples)["image_auroc"]
+            if reduced:
+                ranges["sample_auroc"] = image_ranges(*samples, error_of_score)["image_auroc"]
+    curves = {}
     if truth is not None:
         pixel = PixelMetrics(aupro_limit=protocol.aupro_limit)
         for batch in chunks_with_truth(truth):
             pixel.update(*batch)
-        for name, value in pixel.compute(replay=lambda: chunks_with_truth(truth)).items():
-            (bounds if name.endswith("_bound") else metrics)[name.removesuffix("_bound")] = value
-    return Evaluation(metrics=metrics, bounds=bounds, image_scores=scores, label=counted)
+        found = pixel.compute(replay=lambda: chunks_with_truth(truth))
+        metrics |= {name: value for name, value in found.items() if name in METRICS}
+        ranges |= pixel.ranges(error)
+        curves = {name: values.round(5).tolist() for name, values in pixel.draw_curves().items()}
+    bounds = {name: max(high - metrics[name], metrics[name] - low) for name, (low, high) in ranges.items()}
+    return Evaluation(metrics=metrics, bounds=bounds, image_scores=scores, label=counted, curves=curves)
+
+
+def score_columns(test: Sequence[Sample], result: Evaluation) -> dict[str, list[Any]]:
+    """What is kept of every test image, for reports, comparisons and later scoring: see `Store.publish_scores`."""
+    return {
+        "path": [sample.path for sample in test],
+        "mask_path": [sample.mask_path for sample in test],
+        "sample_id": [sample.sample_id for sample in test],
+        "label": result.label.tolist(),
+        "true_label": [sample.label for sample in test],
+        "defect_type": [sample.defect_type for sample in test],
+        "image_score": result.image_scores.tolist(),
+    }
+
+
+def stored_samples(columns: Mapping[str, Sequence[Any]], category: str) -> tuple[Sample, ...]:
+    """The test images behind such columns."""
+    paths = columns["path"]
+    labels = columns.get("true_label", columns["label"])  # scores of earlier versions lack what came later
+    samples = zip(
+        paths, columns.get("sample_id", paths), labels, columns["defect_type"], columns["mask_path"], strict=True
+    )
+    return tuple(
+        Sample(
+            path=path,
+            category=category,
+            sample_id=sample_id,
+            split="test",
+            label=label,
+            defect_type=defect_type,
+            mask_path=mask_path,
+        )
+        for path, sample_id, label, defect_type, mask_path in samples
+    )
 
 
 def count_labels(label: Sequence[int], truth: Truth | None, protocol: EvaluationProtocol) -> np.ndarray:
@@ -105,8 +155,10 @@ def count_labels(label: Sequence[int], truth: Truth | None, protocol: Evaluation
     return counted
 
 
-def sample_metrics(image_scores: np.ndarray, label: np.ndarray, sample_id: Sequence[str]) -> dict[str, float]:
-    """`sample_auroc`, for objects that are seen in several images (Real-IAD, arXiv 2403.12580).
+def sample_scores(
+    image_scores: np.ndarray, label: np.ndarray, sample_id: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """What `sample_auroc` ranks: objects that are seen in several images (Real-IAD, arXiv 2403.12580).
 
     An object is scored by the highest of its views and anomalous when any of them is.
 
@@ -116,7 +168,7 @@ def sample_metrics(image_scores: np.ndarray, label: np.ndarray, sample_id: Seque
         sample_id: (N,) the object that an image shows.
 
     Returns:
-        The metric in [0, 1]; nothing where every object is seen once, or where all objects are of one class.
+        (S,) scores and (S,) labels; None where every object is seen once, or where all objects are of one class.
     """
     samples, place = np.unique(np.array(sample_id), return_inverse=True)
     score = np.full(len(samples), -np.inf, dtype=np.asarray(image_scores).dtype)
@@ -124,5 +176,5 @@ def sample_metrics(image_scores: np.ndarray, label: np.ndarray, sample_id: Seque
     anomalous = np.zeros(len(samples), dtype=np.int64)
     np.maximum.at(anomalous, place, label)
     if len(samples) == len(label) or anomalous.min() == anomalous.max():
-        return {}
-    return {"sample_auroc": image_metrics(score, anomalous)["image_auroc"]}
+        return None
+    return score, anomalous

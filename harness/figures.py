@@ -319,7 +319,7 @@ def draw_contact_sheet(
     for number, line in enumerate(titles):
         canvas.text(_MARGIN, 0.33 + 0.24 * number, line, 12, bold=True)
 
-    limits = _shared_limits([items[position].anomaly_map for band in bands for position in band[2]])
+    limits = heat_limits([items[position].anomaly_map for band in bands for position in band[2]])
     for number, (name, hope, positions, expected) in enumerate(bands):
         y = top + number * band_height
         canvas.text(_MARGIN, y + 0.2, name, 10, bold=True)
@@ -337,7 +337,7 @@ def draw_contact_sheet(
     canvas.save(target, dpi)
 
 
-def _shared_limits(maps: Sequence[np.ndarray]) -> tuple[float, float]:
+def heat_limits(maps: Sequence[np.ndarray]) -> tuple[float, float]:
     """Ends of the colour scale: the middle of all shown pixels, which are mostly normal, and almost their maximum."""
     values = np.concatenate([np.asarray(item, dtype=np.float64).ravel() for item in maps])
     low, high = float(np.quantile(values, 0.5)), float(np.quantile(values, 0.999))
@@ -372,6 +372,18 @@ def _draw_pair(
     canvas.text(x, bottom + 0.12, f"✗ {kind}" if is_wrong else kind, 8, bold=True, colour=ALERT if is_wrong else INK)
     canvas.text(x + side, bottom + 0.12, f"{item.score:#.4g}".rstrip("."), 8, across="right")
     canvas.text(x, bottom + 0.27, textwrap.shorten(item.name, 26, placeholder="…"), 6.5, colour=GREY)
+
+
+def heat_layer(anomaly_map: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+    """(h, w, 4) uint8 RGBA: the heat colours of a map, to be laid over a grey photo; clear where all is normal.
+
+    Args:
+        anomaly_map: (h, w), higher = more anomalous.
+        limits: the values at the two ends of the colour scale, as `heat_limits` gives them.
+    """
+    low, high = limits
+    place = np.clip((np.asarray(anomaly_map, dtype=np.float64) - low) / (high - low), 0.0, 1.0)
+    return (255 * np.dstack([_heat_colours(place), _opacity(place)])).astype(np.uint8)
 
 
 def _overlay(photo: np.ndarray, anomaly_map: np.ndarray, limits: tuple[float, float]) -> np.ndarray:

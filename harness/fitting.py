@@ -32,6 +32,7 @@ from harness.image_split import ImageSplit
 from harness.measure import Meter
 from harness.metrics import METRICS
 from harness.notes import Loss, Notify
+from harness.quantisation import quantise
 from harness.represented import RepresentedFeatures, load_representation_state
 from harness.resolve import CategoryData, ResolvedTrial, prediction_facts
 from harness.stages import Judge, seed_everything, train_stage
@@ -153,7 +154,7 @@ class FittedMethod:
         _check_finite(samples, maps, scores, self._resolved.trial.method)
         result = StoredPrediction(
             paths=tuple(sample.path for sample in samples),
-            anomaly_maps=maps,
+            maps=quantise(maps),
             image_scores=scores,
             facts={
                 "costs": costs,
@@ -163,7 +164,7 @@ class FittedMethod:
                 **self._machine(),
             },
         )
-        if result.anomaly_maps.nbytes <= self._settings.prediction_mib * 2**20:
+        if result.maps.nbytes <= self._settings.prediction_mib * 2**20:
             self._store.publish_prediction(cell.prediction_id, result)
         return result
 
@@ -372,7 +373,7 @@ class FittedMethod:
             self._observe_test(data.test, self._meter.copy())
             maps, scores = self._predict_together(data.test, self._meter.copy())
             if self._workers.leads:
-                prediction = StoredPrediction(paths=(), anomaly_maps=maps, image_scores=scores, facts={})
+                prediction = StoredPrediction(paths=(), maps=quantise(maps), image_scores=scores, facts={})
                 own_score = self._resolved.trial.protocol.score_reduction == "method"
                 labels = [sample.label for sample in data.test]
                 truth = None

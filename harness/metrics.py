@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from harness.curves import Result, aupro, rank_metrics
+from harness.curves import Result, aupro, draw_pixel_curves, rank_metrics
 from harness.pixel_counts import (
     LOW_BITS,
     NUM_BINS,
@@ -34,8 +34,10 @@ from harness.pixel_counts import (
     check_finite,
     label_regions,
     read_pixels,
+    score_of,
     to_numpy,
 )
+from harness.quantisation import Counts, MapError, aupro_range, rank_ranges
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,10 +51,11 @@ __all__ = [
     "PixelMetrics",
     "Refinement",
     "image_metrics",
+    "image_ranges",
     "label_regions",
 ]
 
-METRIC_VERSION = 1
+METRIC_VERSION = 2
 """Raised when the numbers move: rows are then scored again from stored predictions."""
 
 TOLERANCE = 1e-6
@@ -116,6 +119,14 @@ def image_metrics(image_score: np.ndarray | Tensor, label: np.ndarray | Tensor) 
     normal = np.bincount(place) - anomalous
     results = rank_metrics(normal, anomalous, exact=np.ones(len(distinct), dtype=bool))
     return {f"image_{name}": result.value for name, result in results.items()}
+
+
+def image_ranges(
+    image_score: np.ndarray | Tensor, label: np.ndarray | Tensor, error: MapError
+) -> dict[str, tuple[float, float]]:
+    """The lowest and highest values that `image_metrics` could have given for scores within an error of these."""
+    counts = Counts.of_scores(to_numpy(image_score), to_numpy(label))
+    return {f"image_{name}": value for name, value in rank_ranges(counts, error).items()}
 
 
 class PixelMetrics:
@@ -182,6 +193,26 @@ class PixelMetrics:
         bounds = {f"{name}_bound": result.bound for name, result in results.items()}
         return {name: result.value for name, result in results.items()} | bounds
 
+    def ranges(self, error: MapError) -> dict[str, tuple[float, float]]:
+        """The lowest and highest values that the four metrics could have had for maps within an error of these.
+
+        What is counted together may have any order. Closest to the numbers after `compute`.
+        """
+        intervals = self._intervals()
+        counts = Counts(
+            low=score_of(intervals.low),
+            high=score_of(intervals.high),
+            normal=intervals.normal.astype(np.int64),
+            defect=intervals.defect,
+        )
+        ranked = {f"pixel_{name}": value for name, value in rank_ranges(counts, error).items()}
+        area = aupro_range(counts, intervals.weight, self._histogram.num_regions, self.aupro_limit, error)
+        return {**ranked, "aupro": area}
+
+    def draw_curves(self, num_points: int = 80) -> dict[str, np.ndarray]:
+        """Points of the ROC and of the PRO curve; see `harness.curves.draw_pixel_curves`."""
+        return draw_pixel_curves(self._intervals(), num_points)
+
     def plan_refinement(self) -> Refinement | None:
         """The second pass that is needed, with nothing counted yet; None when every bound is at most `TOLERANCE`."""
         return self._plan(self._results())
@@ -199,7 +230,8 @@ class PixelMetrics:
             return self._refined
         occupied = np.flatnonzero(self._histogram.pixels != 0)
         shift = np.full(len(occupied), LOW_BITS, dtype=np.int32)
-        return Intervals.count(self._histogram, occupied, np.arange(len(occupied)), occupied.astype(np.int32), shift)
+        bins = occupied.astype(np.int32)
+        return Intervals.count(self._histogram, occupied, np.arange(len(occupied)), bins, shift, first_slot=occupied)
 
     def _results(self) -> dict[str, Result]:
         """The metrics and, per interval, what its unknown inner order may change."""
@@ -304,7 +336,7 @@ class Refinement:
     def _intervals(self) -> Intervals:
         occupied = np.flatnonzero(self._histogram.pixels[:-1] != 0)
         first = np.searchsorted(occupied, self._first_slot)
-        return Intervals.count(self._histogram, occupied, first, self._bins, self._shift)
+        return Intervals.count(self._histogram, occupied, first, self._bins, self._shift, self._first_slot)
 
 
 def _check_both_classes(what: str, defect_word: str, num_normal: int, num_defect: int) -> None:

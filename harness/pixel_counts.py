@@ -138,6 +138,12 @@ def bin_of(keys: np.ndarray) -> np.ndarray:
     return (keys >> LOW_BITS) + np.int64(NUM_BINS // 2)
 
 
+def score_of(keys: np.ndarray) -> np.ndarray:
+    """The scores, in float64, that int64 keys stand for; what lies beyond the largest float32 is cut to it."""
+    keys = keys.clip(-_INFINITY, _INFINITY - 1).astype(np.int32)
+    return (keys ^ ((keys >> 31) & 0x7FFF_FFFF)).view(np.float32).astype(np.float64)
+
+
 class Histogram:
     """Pixels, defective pixels and region weights per slot."""
 
@@ -206,10 +212,19 @@ class Intervals:
     weight: np.ndarray
     last: np.ndarray
     """Most normal pixels that can share the lowest of their scores."""
+    low: np.ndarray
+    """Lowest key that the range may hold."""
+    high: np.ndarray
 
     @classmethod
     def count(
-        cls, histogram: Histogram, slots: np.ndarray, first: np.ndarray, bins: np.ndarray, shift: np.ndarray
+        cls,
+        histogram: Histogram,
+        slots: np.ndarray,
+        first: np.ndarray,
+        bins: np.ndarray,
+        shift: np.ndarray,
+        first_slot: np.ndarray,
     ) -> Intervals:
         """Reads slots and joins neighbours of one bin that hold normal pixels alone.
 
@@ -219,6 +234,7 @@ class Intervals:
             first: (S,) where in `slots` each bin begins.
             bins: (S,) ascending.
             shift: (S,) low bits that the slots of each bin leave unresolved.
+            first_slot: (S,) the slot that holds the lowest scores of each bin.
         """
         pixels, defect = histogram.pixels[slots], histogram.defects[slots]
         mixed = defect > 0
@@ -227,6 +243,11 @@ class Intervals:
         is_start[first] = True
         starts = np.flatnonzero(is_start)
         num_intervals = np.diff(np.searchsorted(starts, first), append=len(starts))
+        bin_of_slot = np.repeat(np.arange(len(bins)), np.diff(first, append=len(slots)))
+        width = shift[bin_of_slot].astype(np.int64)
+        keys = (bins[bin_of_slot].astype(np.int64) - NUM_BINS // 2) << LOW_BITS
+        keys += (slots - first_slot[bin_of_slot]) << width
+        ends = np.append(starts, len(slots))[1:] - 1
         return cls(
             bin=np.repeat(bins, num_intervals),
             shift=np.repeat(shift, num_intervals),
@@ -234,6 +255,8 @@ class Intervals:
             defect=defect[starts],
             weight=histogram.weights[slots[starts]],
             last=pixels[starts] - defect[starts],
+            low=keys[starts],
+            high=keys[ends] + (1 << width[ends]) - 1,
         )
 
     def replace(self, finer: Intervals) -> Intervals:

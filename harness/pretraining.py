@@ -34,6 +34,7 @@ from harness.features import FeatureSplit, feature_split
 from harness.fitting import draw_curve, interleave, pick_device
 from harness.image_split import ImageSplit
 from harness.notes import Notify
+from harness.quantisation import quantise
 from harness.reference_source import choose_source
 from harness.registry import build_config, load_method, load_representation
 from harness.represented import RepresentedFeatures
@@ -286,7 +287,7 @@ def _judge(
         shares = workers.collect(maps)
         if not workers.leads:
             return None
-        prediction = StoredPrediction(paths=(), anomaly_maps=interleave(shares), image_scores=None, facts={})
+        prediction = StoredPrediction(paths=(), maps=quantise(interleave(shares)), image_scores=None, facts={})
         labels = [sample.label for sample in data.test]
         return evaluate(prediction, labels, None, protocol, own_score=False).metrics["image_auroc"]
 

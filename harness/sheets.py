@@ -15,6 +15,7 @@ from PIL import Image
 
 from harness.contracts import AdgridError, Preprocessing, ResultRow, Sample
 from harness.datasets.images import load_image, load_mask
+from harness.evaluate import stored_samples
 from harness.figures import ScoredImage, draw_contact_sheet, pick_extremes
 from harness.maps import full_resolution
 from harness.store import Store, StoredPrediction
@@ -26,6 +27,13 @@ COLUMNS = 6
 def sheet_key(cell_id: str) -> str:
     """Where the sheet of a cell lies in a store."""
     return f"sheets/{cell_id}.webp"
+
+
+def preprocessing_of(row: ResultRow) -> Preprocessing:
+    """What the backbone saw in a finished cell."""
+    protocol = row.resolved_protocol
+    height, width = protocol["image_size"]
+    return Preprocessing(image_size=(height, width), resize=protocol["resize"], interpolation=protocol["interpolation"])
 
 
 def publish_sheet(
@@ -86,28 +94,16 @@ def remake_sheets(store: Store, rows: Sequence[ResultRow]) -> list[str]:
         if prediction is None or scores is None:
             notes.append(f"no picture of {name}: its anomaly maps were not kept")
             continue
-        test = [
-            Sample(
-                path=path,
-                category=row.category,
-                sample_id=path,
-                split="test",
-                label=label,
-                defect_type=defect_type,
-                mask_path=mask_path,
-            )
-            for path, label, defect_type, mask_path in zip(
-                scores["path"], scores["label"], scores["defect_type"], scores["mask_path"], strict=True
-            )
-        ]
-        protocol = row.resolved_protocol
-        height, width = protocol["image_size"]
-        preprocessing = Preprocessing(
-            image_size=(height, width), resize=protocol["resize"], interpolation=protocol["interpolation"]
-        )
+        test, preprocessing = stored_samples(scores, row.category), preprocessing_of(row)
         try:
             publish_sheet(
-                store, row, prediction, test, scores["image_score"], preprocessing, float(protocol["smoothing"])
+                store,
+                row,
+                prediction,
+                test,
+                scores["image_score"],
+                preprocessing,
+                float(row.resolved_protocol["smoothing"]),
             )
         except (OSError, AdgridError) as error:
             notes.append(f"no picture of {name}: {error}")

@@ -5,8 +5,9 @@ publishing twice is harmless and a reader never sees half a file.
 
     rows/new/<cell_id>.<status>.parquet      one row each, the moment it exists
     rows/segments/<hash>.parquet             many rows folded together by the driver
-    predictions/<prediction_id>.arrow        raw anomaly maps and image scores
+    predictions/<prediction_id>.arrow        anomaly maps in three bytes a value, and image scores
     scores/<cell_id>.parquet                 per image: label, defect type, final image score
+    details/<cell_id>.json                   curves and small pictures, for the HTML report
     artifacts/<id>.safetensors               trained stages and fitted methods, tensors only
     attempts/<run>/<cell_id>.<n>             a cell was started for the n-th time (finds cells that kill workers)
     runs/<run_id>/...                        the space, its plan and its reports
@@ -32,6 +33,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from harness.contracts import AdgridError, ResultRow, Trainable
+from harness.quantisation import MapError, QuantisedMaps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,16 +45,21 @@ _JSON_FIELDS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredPrediction:
-    """Raw scores of the test images of one cell, as the method gave them."""
+    """Scores of the test images of one cell as the method gave them, maps rounded as they are kept."""
 
     paths: tuple[str, ...]
     """Absolute paths on the machine that predicted; the order is the category's test order."""
-    anomaly_maps: np.ndarray
-    """(N, h, w) float32, higher = more anomalous."""
+    maps: QuantisedMaps
+    """(N, h, w), higher = more anomalous."""
     image_scores: np.ndarray | None
     """(N,) float32, or None where the harness reduces the map."""
     facts: Mapping[str, Any]
     """Costs and provenance of fitting and predicting, for rows that are scored from here later."""
+
+    @property
+    def anomaly_maps(self) -> np.ndarray:
+        """(N, h, w) float32."""
+        return self.maps.restored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,16 +193,23 @@ class Store:
     # --- predictions and scores ---
 
     def publish_prediction(self, prediction_id: str, prediction: StoredPrediction) -> None:
-        """Saves raw predictions, losslessly in float32."""
-        maps = np.ascontiguousarray(prediction.anomaly_maps, dtype=np.float32)
-        scores = prediction.image_scores
+        """Saves predictions; they come back bit for bit."""
+        maps, scores = prediction.maps, prediction.image_scores
+        facts = {
+            "shape": maps.values.shape[1:],
+            "offset": maps.offset,
+            "step": maps.step,
+            "error": dataclasses.asdict(maps.error),
+            "facts": dict(prediction.facts),
+        }
         table = pa.table(
             {
                 "path": pa.array(prediction.paths, pa.string()),
-                "image_score": pa.array([None] * len(maps) if scores is None else scores, pa.float32()),
-                "anomaly_map": pa.array([row.tobytes() for row in maps], pa.binary()),
+                "image_score": pa.array([None] * len(maps.values) if scores is None else scores, pa.float32()),
+                "value": pa.array([row.tobytes() for row in maps.values], pa.binary()),
+                "remainder": pa.array([row.tobytes() for row in maps.remainder], pa.binary()),
             },
-            metadata={"shape": json.dumps(maps.shape[1:]), "facts": json.dumps(dict(prediction.facts))},
+            metadata={name: json.dumps(value) for name, value in facts.items()},
         )
         sink = io.BytesIO()
         with pa.ipc.new_file(sink, table.schema) as writer:
@@ -203,23 +217,49 @@ class Store:
         self.publish(f"predictions/{prediction_id}.arrow", sink.getvalue())
 
     def load_prediction(self, prediction_id: str) -> StoredPrediction | None:
-        """Stored predictions, or None where they were not kept or cannot be read."""
+        """Stored predictions, or None where they were not kept or cannot be read; they count as just used."""
+        key = f"predictions/{prediction_id}.arrow"
         try:
-            table = pa.ipc.open_file(pa.BufferReader(self.read(f"predictions/{prediction_id}.arrow"))).read_all()
-        except (FileNotFoundError, pa.ArrowInvalid):
+            table = pa.ipc.open_file(pa.BufferReader(self.read(key))).read_all()
+            told = {name.decode(): json.loads(value) for name, value in (table.schema.metadata or {}).items()}
+            shape, offset, step, error = (told[name] for name in ("shape", "offset", "step", "error"))
+        except (FileNotFoundError, pa.ArrowInvalid, KeyError):  # the last: kept by an earlier version
             return None
-        shape = tuple(json.loads(table.schema.metadata[b"shape"]))
-        maps = [np.frombuffer(row.as_py(), dtype=np.float32).reshape(shape) for row in table["anomaly_map"]]
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                os.utime(self._path(key))
         scores = table["image_score"]
+        maps = QuantisedMaps(
+            _stack(table["value"], np.float16, shape),
+            _stack(table["remainder"], np.int8, shape),
+            offset,
+            step,
+            MapError(**error),
+        )
         return StoredPrediction(
             paths=tuple(table["path"].to_pylist()),
-            anomaly_maps=np.stack(maps) if maps else np.zeros((0, *shape), np.float32),
+            maps=maps,
             image_scores=None if scores.null_count else scores.to_numpy(),
-            facts=json.loads(table.schema.metadata[b"facts"]),
+            facts=told["facts"],
         )
 
+    def trim_predictions(self, most_bytes: float) -> int:
+        """Removes the predictions that were not used for longest until the others fit; returns how many.
+
+        An object store does not know when an object was read: there those go that were written first.
+        """
+        selector = pyarrow.fs.FileSelector(self._path("predictions"), allow_not_found=True)
+        files = [info for info in self._fs.get_file_info(selector) if info.base_name.endswith(".arrow")]
+        room, removed = most_bytes, 0
+        for info in sorted(files, key=lambda info: info.mtime_ns or 0, reverse=True):
+            room -= info.size
+            if room < 0:
+                self.delete(f"predictions/{info.base_name}")
+                removed += 1
+        return removed
+
     def publish_scores(self, cell_id: str, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Saves the per-image outcome of a cell: path, label, defect_type, mask_path, image_score."""
+        """Saves the per-image outcome of a cell; see `harness.evaluate.score_columns`."""
         self.publish(f"scores/{cell_id}.parquet", table_to_parquet(pa.table(dict(columns))))
 
     def load_scores(self, cell_id: str) -> dict[str, list[Any]] | None:
@@ -297,6 +337,12 @@ class Store:
 def _row_rank(row: ResultRow) -> tuple[int, str]:
     # Failed, skipped and stopped rows replace one another by age; only a finished row outranks a newer one.
     return (row.status == "ok", row.provenance.get("finished_at", ""))
+
+
+def _stack(column: pa.ChunkedArray, kind: type, shape: Sequence[int]) -> np.ndarray:
+    """(N, *shape) array of binary values."""
+    rows: list[np.ndarray] = [np.frombuffer(row.as_buffer(), dtype=kind).reshape(shape) for row in column]
+    return np.stack(rows) if rows else np.zeros((0, *shape), kind)
 
 
 def table_to_parquet(table: pa.Table) -> bytes:

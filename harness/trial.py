@@ -9,10 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from harness.contracts import Cell, Job, Pretraining, ResultRow, RunSettings, Trial
-from harness.evaluate import evaluate
+from harness.details import publish_details
+from harness.evaluate import Evaluation, evaluate, score_columns
 from harness.fitting import FittedMethod, is_being_extracted
 from harness.notes import Notify
 from harness.pretraining import MAX_FAILURES, run_pretraining
@@ -170,14 +169,13 @@ def _finish(
 ) -> ResultRow:
     """The saved row of a predicted cell: its metrics, or why there are none."""
     try:
-        row, scores = score_cell(resolved, cell, images, prediction, rescored, store, settings)
+        row, result = score_cell(resolved, cell, images, prediction, rescored, store, settings)
         store.publish_row(row)
     except Exception as error:
         row = unfinished_row(resolved.trial, cell, "failed", error, settings)
         store.publish_row(row)
     else:
-        if settings.pictures:
-            _draw(store, row, prediction, images, scores, resolved, notify)
+        _draw(store, row, prediction, images, result, resolved, settings, notify)
     return row
 
 
@@ -205,7 +203,7 @@ def score_cell(
     rescored: bool,
     store: Store,
     settings: RunSettings,
-) -> tuple[ResultRow, np.ndarray]:
+) -> tuple[ResultRow, Evaluation]:
     """Metrics of one cell as a row, and the image scores behind them, which are saved for reports and comparisons."""
     start = time.perf_counter()
     own_score = resolved.trial.protocol.score_reduction == "method"
@@ -214,17 +212,10 @@ def score_cell(
         truth = load_truth(data.test, data.truth_id, resolved.preprocessing, settings.places.cache_dir)
     labels, sample_ids = [sample.label for sample in data.test], [sample.sample_id for sample in data.test]
     result = evaluate(prediction, labels, truth, resolved.protocol, own_score, sample_ids)
-    columns = {
-        "path": [sample.path for sample in data.test],
-        "mask_path": [sample.mask_path for sample in data.test],
-        "label": result.label.tolist(),
-        "defect_type": [sample.defect_type for sample in data.test],
-        "image_score": result.image_scores.tolist(),
-    }
-    store.publish_scores(cell.cell_id, columns)
+    store.publish_scores(cell.cell_id, score_columns(data.test, result))
     costs = {**prediction.facts["costs"], "evaluate_seconds": round(time.perf_counter() - start, 4)}
     row = finished_row(resolved, cell, data, result, prediction.facts, costs, rescored, settings)
-    return row, result.image_scores
+    return row, result
 
 
 def _draw(
@@ -232,14 +223,17 @@ def _draw(
     row: ResultRow,
     prediction: StoredPrediction,
     data: CategoryData,
-    image_scores: np.ndarray,
+    result: Evaluation,
     resolved: ResolvedTrial,
+    settings: RunSettings,
     notify: Notify,
 ) -> None:
-    """The contact sheet of a cell whose row is saved; a picture that fails costs no number, a report draws it again."""
+    """What reports show of a cell whose row is saved; a picture that fails costs no number, a report draws it again."""
     try:
-        smoothing = float(resolved.protocol.smoothing)
-        publish_sheet(store, row, prediction, data.test, image_scores, resolved.preprocessing, smoothing)
+        publish_details(store, row, prediction, data.test, result, settings.pictures)
+        if settings.pictures:
+            smoothing = float(resolved.protocol.smoothing)
+            publish_sheet(store, row, prediction, data.test, result.image_scores, resolved.preprocessing, smoothing)
     except Exception as error:
         notify(row.category, f"no picture: {type(error).__name__}: {error}", 0, 1)
 

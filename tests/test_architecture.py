@@ -9,13 +9,13 @@ REPO = Path(__file__).parents[1]
 # A module may import those of lower layers, and within a layer only what stands to its left.
 LAYERS = [
     ["contracts"],
-    ["registry", "identity", "measure", "maps", "pixel_counts", "curves", "metrics", "store"],
+    ["registry", "identity", "measure", "maps", "pixel_counts", "curves", "quantisation", "metrics", "store"],
     ["bundle", "intervals", "ranks"],
     ["workers", "watch", "notes", "checkpoints", "placement", "options", "datasets"],
     ["taps", "imagebind", "positions", "backbone_table", "download", "weights", "backbones", "backbone_check"],
     ["feature_store", "image_split", "features", "stages", "auxiliary"],
     ["matrices", "tables", "figures", "truth", "given_references", "resolve", "represented"],
-    ["evaluate", "rows", "fitting", "sheets"],
+    ["evaluate", "rows", "fitting", "sheets", "details"],
     ["reference_source", "pretraining", "trial", "training"],
     ["search", "study", "space", "plan_representations", "study_plan", "plan", "progress", "dataset_check"],
     ["published", "matching", "estimates", "compare", "comparison_figures", "comparison_tables", "reproduction"],

@@ -11,9 +11,10 @@ from runs import SmallRun
 from toy_rows import toy_row
 
 from harness.contracts import EvaluationProtocol, Preprocessing, Sample
-from harness.evaluate import count_labels, evaluate, sample_metrics
+from harness.evaluate import count_labels, evaluate, sample_scores
 from harness.maps import full_resolution, reduce_maps
-from harness.metrics import METRICS, MetricError
+from harness.metrics import METRICS, MetricError, image_metrics
+from harness.quantisation import quantise
 from harness.report import build_matrices, rows_frame
 from harness.store import StoredPrediction
 from harness.truth import Truth, load_truth
@@ -26,7 +27,7 @@ CROPPED_IS_NORMAL = dataclasses.replace(PROTOCOL, cropped_anomaly="normal")
 def prediction(scores):
     """Maps that are flat at the scores."""
     maps = np.ones((len(scores), SIDE, SIDE), dtype=np.float32) * np.array(scores, dtype=np.float32)[:, None, None]
-    return StoredPrediction(paths=(), anomaly_maps=maps, image_scores=np.array(scores, dtype=np.float32), facts={})
+    return StoredPrediction(paths=(), maps=quantise(maps), image_scores=np.array(scores, dtype=np.float32), facts={})
 
 
 def truth_of(num_pixels):
@@ -59,12 +60,12 @@ def test_objects_may_have_different_numbers_of_views_in_any_order():
     bad = {name for name, rows in views.items() if any(labels[n] for n in rows)}
     pairs = [(best[a], best[b]) for a in bad for b in views.keys() - bad]
     expected = sum((high > low) + (high == low) / 2 for high, low in pairs) / len(pairs)
-    assert sample_metrics(scores, labels, objects)["sample_auroc"] == pytest.approx(expected, abs=1e-12)
+    assert image_metrics(*sample_scores(scores, labels, objects))["image_auroc"] == pytest.approx(expected, abs=1e-12)
 
 
 def test_negative_scores_keep_their_order():
     scores = np.array([-5, -4, -3, -2], dtype=np.float32)
-    assert sample_metrics(scores, np.array([0, 0, 0, 1]), ["a", "a", "b", "b"]) == {"sample_auroc": 1.0}
+    assert image_metrics(*sample_scores(scores, np.array([0, 0, 0, 1]), ["a", "a", "b", "b"]))["image_auroc"] == 1.0
 
 
 def test_without_objects_of_several_views_there_is_no_such_metric():
@@ -81,7 +82,7 @@ def test_where_every_object_has_a_defect_there_is_no_such_metric_but_all_others(
 
 
 def test_objects_are_scored_by_the_reduced_map_where_the_method_has_no_score():
-    stored = dataclasses.replace(prediction([0.0] * 6), anomaly_maps=prediction(SCORES).anomaly_maps)
+    stored = dataclasses.replace(prediction([0.0] * 6), maps=prediction(SCORES).maps)
     smooth = dataclasses.replace(PROTOCOL, smoothing=2.0, score_reduction="max")
     result = evaluate(stored, LABELS, None, smooth, False, OBJECTS)
     reduced = reduce_maps(full_resolution(torch.from_numpy(stored.anomaly_maps), (SIDE, SIDE), 2.0), "max").numpy()

@@ -1,12 +1,16 @@
 import dataclasses
+import io
+import os
 import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from harness.contracts import AdgridError, ResultRow
+from harness.quantisation import MapError, quantise
 from harness.store import Store, StoredPrediction
 
 
@@ -71,21 +75,41 @@ def test_folding_keeps_every_row_and_leaves_one_file(store):
 
 
 def test_predictions_come_back_bit_for_bit(store):
-    maps = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
+    maps = quantise(np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32), MapError(-9.0, 1e-3, 1e-4))
     for scores in (None, np.array([1, 2, 3], np.float32)):
-        stored = StoredPrediction(
-            paths=("a", "b", "c"), anomaly_maps=maps, image_scores=scores, facts={"costs": {"x": 1}}
-        )
+        stored = StoredPrediction(paths=("a", "b", "c"), maps=maps, image_scores=scores, facts={"costs": {"x": 1}})
         store.publish_prediction("p", stored)
         back = store.load_prediction("p")
         assert back.paths == stored.paths
         assert back.facts == stored.facts
-        np.testing.assert_array_equal(back.anomaly_maps, maps)
+        np.testing.assert_array_equal(back.anomaly_maps, stored.anomaly_maps)
+        assert back.maps.error == maps.error
         if scores is None:
             assert back.image_scores is None
         else:
             np.testing.assert_array_equal(back.image_scores, scores)
     assert store.load_prediction("absent") is None
+
+
+def test_predictions_that_were_not_used_for_longest_make_room(store):
+    maps = quantise(np.zeros((2, 30, 30), np.float32))
+    for place, name in enumerate("abc"):
+        store.publish_prediction(name, StoredPrediction(paths=("x", "y"), maps=maps, image_scores=None, facts={}))
+        os.utime(store.local_path(f"predictions/{name}.arrow"), (place, place))
+    size = store.local_path("predictions/a.arrow").stat().st_size
+    assert store.load_prediction("a") is not None
+    assert store.trim_predictions(3 * size) == 0
+    assert store.trim_predictions(2.5 * size) == 1
+    assert store.names("predictions") == ["a.arrow", "c.arrow"]
+
+
+def test_predictions_of_an_earlier_version_count_as_absent(store):
+    sink = io.BytesIO()
+    table = pa.table({"path": ["a"], "anomaly_map": [b"1234"]}, metadata={"shape": "[1, 1]", "facts": "{}"})
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    store.publish("predictions/p.arrow", sink.getvalue())
+    assert store.load_prediction("p") is None
 
 
 def test_a_damaged_prediction_counts_as_absent(store):
