@@ -1,4 +1,4 @@
-"""The command line: `adgrid run | plan | report | compare | leaderboard | datasets | backbones | methods | ui`.
+"""The command line, `adgrid`: run, plan, report, rescore, compare, leaderboard, datasets, backbones, methods, ui.
 
 Exit codes: 0 all is well, 1 something failed (a row without a number, a broken layout), 2 bad input, 130 stopped.
 """
@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--save-fitted", action="store_true", help="keep every fitted method under artifacts/")
     run.add_argument("--no-pictures", dest="pictures", action="store_false", help="draw no contact sheet per cell")
     run.add_argument("--cache-gib", type=float, default=50.0, help="bound of the feature cache (default: 50)")
+    run.add_argument(
+        "--prediction-gib", type=float, default=20.0, help="bound of the stored anomaly maps under --root (default: 20)"
+    )
     run.set_defaults(handle=_run)
 
     plan = commands.add_parser("plan", help="show what a run would do; computes nothing")
@@ -73,6 +76,22 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--no-pictures", dest="pictures", action="store_false", help="draw no contact sheet per cell")
     _add_places(report)
     report.set_defaults(handle=_report)
+
+    rescore = commands.add_parser(
+        "rescore", help="score a run again from its stored maps, without a model: another protocol, or an ensemble"
+    )
+    rescore.add_argument("run", help="id of a run, or its folder")
+    rescore.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="protocol.FIELD=VALUE",
+        help="protocol.aupro_limit=0.05, protocol.smoothing=8, protocol.score_reduction=max, ...",
+    )
+    rescore.add_argument("--ensemble", choices=["backbone"], help="add the mean over the backbones of each setting")
+    _add_places(rescore)
+    rescore.set_defaults(handle=_rescore)
 
     compare = commands.add_parser("compare", help="compare runs, or one axis of them, or a run with published numbers")
     compare.add_argument(
@@ -300,29 +319,15 @@ def _count(number: int, one: str, many: str) -> str:
 
 
 def _report(parsed: argparse.Namespace, console: Console, command: str) -> int:
-    from harness.report import build_matrices, rows_frame, terminal_table
-    from harness.run import remake_report
-    from harness.run_folder import read_run
-    from harness.sheets import remake_sheets
-    from harness.store import Store
+    from harness.report_commands import remake
 
-    # `results/runs/NAME` and `NAME` mean the same run.
-    root, marker, name = parsed.run.rstrip("/").rpartition("/runs/")
-    store = Store(root if marker else parsed.root)
-    run_id = name if marker else parsed.run
-    try:
-        record = read_run(store, run_id)
-    except FileNotFoundError as error:
-        raise AdgridError(f"{parsed.run}: no such run under {store.root}/runs; see `adgrid run`") from error
-    with console.status("drawing"):
-        notes = remake_sheets(store, record.rows) if parsed.pictures else []
-    files = remake_report(store, record)
-    for matrix in build_matrices(rows_frame(record.rows)):
-        console.print(terminal_table(matrix))
-    for note in notes:
-        console.print(f"[yellow]{_escape(note)}[/]", soft_wrap=True)
-    console.print(f"{len(files)} files in {store.root}/runs/{run_id}/report", soft_wrap=True)
-    return 0
+    return remake(parsed, console)
+
+
+def _rescore(parsed: argparse.Namespace, console: Console, command: str) -> int:
+    from harness.report_commands import rescore
+
+    return rescore(parsed, console, command)
 
 
 def _compare(parsed: argparse.Namespace, console: Console, command: str) -> int:

@@ -59,24 +59,25 @@ def evaluate(
     Raises:
         MetricError: one-class test set, scores that are not finite, no defective pixel.
     """
-    maps, error = torch.from_numpy(np.array(prediction.anomaly_maps)), prediction.maps.error
+    maps, error = prediction.anomaly_maps, prediction.maps.error
     if len(maps) != len(label):
         raise ValueError(f"{len(maps)} predictions for {len(label)} test images")
     scores, reduction = prediction.image_scores if own_score else None, protocol.score_reduction
     assert reduction != "method"
 
-    def chunks() -> Iterator[Tensor]:
+    def chunks(maps: np.ndarray) -> Iterator[Tensor]:
         for start in range(0, len(maps), CHUNK):
-            yield full_resolution(maps[start : start + CHUNK], protocol.image_size, float(protocol.smoothing))
+            some = torch.from_numpy(maps[start : start + CHUNK])
+            yield full_resolution(some, protocol.image_size, float(protocol.smoothing))
 
     def chunks_with_truth(truth: Truth) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
-        for number, rows in enumerate(chunks()):
+        for number, rows in enumerate(chunks(prediction.maps.scaled)):  # of finer resolution, in the same order
             regions = truth.regions(number * CHUNK, number * CHUNK + len(rows))
             yield rows, regions != 0, regions
 
     reduced = scores is None
     if scores is None:
-        scores = torch.cat([reduce_maps(rows, reduction) for rows in chunks()]).numpy()
+        scores = torch.cat([reduce_maps(rows, reduction) for rows in chunks(maps)]).numpy()
     counted = count_labels(label, truth, protocol)
     metrics, ranges = image_metrics(scores, counted), {}
     if reduced:
@@ -97,7 +98,7 @@ def evaluate(
             pixel.update(*batch)
         found = pixel.compute(replay=lambda: chunks_with_truth(truth))
         metrics |= {name: value for name, value in found.items() if name in METRICS}
-        ranges |= pixel.ranges(error)
+        ranges |= pixel.ranges(prediction.maps.scaled_error)
         curves = {name: values.round(5).tolist() for name, values in pixel.draw_curves().items()}
     bounds = {name: max(high - metrics[name], metrics[name] - low) for name, (low, high) in ranges.items()}
     return Evaluation(metrics=metrics, bounds=bounds, image_scores=scores, label=counted, curves=curves)

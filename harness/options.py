@@ -45,6 +45,8 @@ class RunOptions:
     """Draw a contact sheet for every cell."""
     cache_gib: float = 50.0
     """Bound of the node-local cache."""
+    prediction_gib: float = 20.0
+    """Bound of the stored anomaly maps; those that were not used for longest make room."""
 
     @property
     def places(self) -> Places:

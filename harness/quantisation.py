@@ -19,9 +19,9 @@ import numpy as np
 _LARGEST = 2.0**15
 _PARTS = 254
 """Into which the remainder byte divides the distance between two numbers of float16."""
-_ROUNDING = 2.0**-10 / (2 * _PARTS) * (1 + 2.0**-9)
-"""Relative to the restored value; the last factor makes room for the difference to the value itself."""
 _FLOAT32 = 2.0**-24
+_ROUNDING = 2.0**-10 / (2 * _PARTS) * (1 + 2.0**-9) + 4 * _FLOAT32
+"""Relative to the kept value: of the remainder, and of float32 here, at full resolution and in the predicted maps."""
 
 
 @dataclass(frozen=True)
@@ -48,26 +48,42 @@ class MapError:
 
 @dataclass(frozen=True, eq=False)
 class QuantisedMaps:
-    """The anomaly maps of a cell: `offset + step * (values + remainder / 254 * spacing of values)`."""
+    """The anomaly maps of a cell: `offset + step * scaled`."""
 
     values: np.ndarray
     """(N, h, w) float16, >= 0."""
     remainder: np.ndarray
-    """(N, h, w) int8."""
+    """(N, h, w) int8, in parts of the spacing of float16 numbers at `values`."""
     offset: float
     step: float
-    error: MapError
-    """Of the restored maps at any resolution."""
+    scaled_error: MapError
+    """Of the scaled maps at any resolution."""
 
     @cached_property
-    def restored(self) -> np.ndarray:
-        """(N, h, w) float32, higher = more anomalous."""
+    def scaled(self) -> np.ndarray:
+        """(N, h, w) float32 in [0, 32768], ordered as the maps are; what pixels are ranked by."""
         result = np.empty(self.values.shape, np.float32)
         with np.errstate(invalid="ignore"):
             for place, (values, remainder) in enumerate(zip(self.values, self.remainder, strict=True)):
-                fine = values.astype(np.float64) + np.spacing(values) * (remainder / _PARTS)
-                result[place] = fine * self.step + self.offset
+                result[place] = values + np.spacing(values).astype(np.float32) * (remainder / np.float32(_PARTS))
         return result
+
+    @cached_property
+    def restored(self) -> np.ndarray:
+        """(N, h, w) float32 in the units of the method, higher = more anomalous."""
+        result = np.empty(self.values.shape, np.float32)
+        for place, scaled in enumerate(self.scaled):
+            result[place] = scaled.astype(np.float64) * self.step + self.offset
+        return result
+
+    @property
+    def error(self) -> MapError:
+        """Of the restored maps at any resolution."""
+        if self.scaled_error == MapError():
+            return MapError(self.offset)
+        error, largest = self.scaled_error, max(abs(self.offset), abs(self.offset + self.step * _LARGEST))
+        absolute = self.step * error.absolute + 4 * _FLOAT32 * largest
+        return MapError(self.offset + self.step * error.offset, error.relative, absolute)
 
     @property
     def nbytes(self) -> int:
@@ -90,12 +106,11 @@ def quantise(maps: np.ndarray, earlier: MapError | None = None) -> QuantisedMaps
             scaled = (one.astype(np.float64) - low) / step
             values[place] = scaled
             remainder[place] = np.rint((scaled - values[place]) / np.spacing(values[place]) * _PARTS)
-    own = MapError(low)
-    if high > low:
-        # Restored maps and those at full resolution, of here and as predicted, are rounded to float32.
-        absolute = 2.0**-24 / _PARTS * step + 4 * _FLOAT32 * max(abs(low), abs(high))
-        own = MapError(low, _ROUNDING, absolute)
-    return QuantisedMaps(values, remainder, low, step, own if earlier is None else earlier.followed_by(own))
+    error = MapError(0.0, _ROUNDING, 2.0**-24 / _PARTS) if high > low else MapError()
+    if earlier is not None:
+        known = MapError((earlier.offset - low) / step, earlier.relative, earlier.absolute / step)
+        error = known.followed_by(error)
+    return QuantisedMaps(values, remainder, low, step, error)
 
 
 @dataclass(frozen=True, kw_only=True)

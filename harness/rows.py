@@ -21,6 +21,8 @@ from harness.metrics import METRIC_VERSION
 from harness.registry import method_version
 from harness.resolve import CategoryData, ResolvedTrial
 
+RESCORED = "rescored"
+"""Stamp of a row that was computed from stored maps; its costs are those of the first time."""
 PACKAGES = ("torch", "timm", "ray", "numpy", "scikit-learn", "pillow", "pyarrow")
 
 
@@ -39,15 +41,13 @@ def finished_row(
     if resolved.trial.weights == "random":
         stamps.append("random weights")
     if rescored:
-        stamps.append("rescored")
+        stamps.append(RESCORED)
     if resolved.trial.trained is not None:
         stamps += resolved.trial.trained.stamps
     if resolved.protocol.selection == "test_best":
         stamps.append("state picked on test data")
     stamps += facts.get("warnings", [])
-    protocol = _plain(resolved.protocol)
-    if facts.get("own_image_score") and resolved.trial.protocol.score_reduction == "method":
-        protocol["score_reduction"] = "the method's own"
+    protocol = _plain_resolved(resolved.trial.protocol, resolved.protocol, facts)
     row, trained = _row(resolved.trial, cell, "ok", settings), resolved.trial.trained
     return dataclasses.replace(
         row,
@@ -66,6 +66,40 @@ def finished_row(
             **({"representation_artifact": trained.artifact_id} if trained is not None else {}),
             "images_fingerprint": data.images_id,
             "truth_fingerprint": data.truth_id,
+        },
+    )
+
+
+def scored_row(
+    row: ResultRow,
+    cell_id: str,
+    evaluation: Evaluation,
+    facts: Mapping[str, Any],
+    asked: EvaluationProtocol,
+    resolved: EvaluationProtocol,
+    costs: Mapping[str, float],
+    command: str,
+    run_id: str,
+) -> ResultRow:
+    """A finished row scored once more, from its stored prediction with `facts`, under a protocol as asked for."""
+    return dataclasses.replace(
+        row,
+        cell_id=cell_id,
+        protocol=_plain(asked),
+        protocol_id=protocol_id(asked),
+        resolved_protocol=_plain_resolved(asked, resolved, facts),
+        metrics=evaluation.metrics,
+        metric_bounds=evaluation.bounds,
+        costs=costs,
+        stamps=row.stamps if RESCORED in row.stamps else (*row.stamps, RESCORED),
+        provenance={
+            **row.provenance,
+            **_software(),
+            "metric_version": str(METRIC_VERSION),
+            "command": command,
+            "run_id": run_id,
+            "host": socket.gethostname(),
+            "finished_at": dt.datetime.now(dt.UTC).isoformat(timespec="microseconds"),
         },
     )
 
@@ -138,6 +172,15 @@ def _tuning_stamps(tuned: Tuned | None) -> tuple[str, ...]:
         return ()
     cells = ", ".join(tuned.cells)
     return (f"TUNED ON TEST DATA: {cells}" if tuned.on_test else f"tuned on {cells}",)
+
+
+def _plain_resolved(
+    asked: EvaluationProtocol, resolved: EvaluationProtocol, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    protocol = _plain(resolved)
+    if facts.get("own_image_score") and asked.score_reduction == "method":
+        protocol["score_reduction"] = "the method's own"
+    return protocol
 
 
 def _plain(record: EvaluationProtocol | Tuned) -> dict[str, Any]:

@@ -40,6 +40,9 @@ LOSSES_SECONDS = 5.0
 """Least time between two portions of losses on their way to MLflow; at most a twentieth of the driver's time."""
 
 
+_TRIM_SECONDS = 30.0  # least time between two looks at what predictions take, which lists them all
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What a run left behind."""
@@ -117,13 +120,15 @@ def execute(space_path: str, options: RunOptions, console: Console, command: str
             f"--root {options.root}: cannot be written ({error}); name a writable folder or URI"
         ) from error
     tracker = _Tracker(options, store, plan)
-    with _Crew(store, settings, options, console, [tracker], plan.pretrainings) as crew:
+    keeper = _Keeper(store, options.prediction_gib)
+    with _Crew(store, settings, options, console, [tracker, keeper], plan.pretrainings) as crew:
         plain = [study for study in plan.studies if not study.search.is_adaptive]
         crew.run_trials([*plan.trials, *(sample.trial for study in plain for sample in study.samples)])
         crew.run_studies([study for study in plan.studies if study.search.is_adaptive])
         studies = [conclude_study(study, store) for study in plan.studies]
         crew.run_trials([trial for study in studies for trial in study.winners])
     store.fold_rows()
+    keeper.trim()
     keep_plan(store, plan, command, studies)
     record = read_run(store, plan.run_id)
     files = remake_report(store, record)
@@ -256,6 +261,22 @@ def run_space(space: str | Path, *, quiet: bool = False, **options: object) -> p
     chosen = RunOptions(**options)  # type: ignore[arg-type]
     outcome = execute(str(space), chosen, Console(quiet=quiet), f"run_space({str(space)!r})")
     return rows_frame(outcome.rows)
+
+
+class _Keeper(Listener):
+    """Keeps the stored predictions within their bound while trials end."""
+
+    def __init__(self, store: Store, most_gib: float) -> None:
+        self._store, self._most_bytes = store, most_gib * 2**30
+        self._next = 0.0
+
+    def ended(self, trial: Job) -> None:
+        if time.monotonic() >= self._next:
+            self.trim()
+            self._next = time.monotonic() + _TRIM_SECONDS
+
+    def trim(self) -> None:
+        self._store.trim_predictions(self._most_bytes)
 
 
 class _Tracker(Listener):

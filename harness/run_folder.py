@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.contracts import ResultRow, Trial, Tuned
+from harness.contracts import AdgridError, ResultRow, Trial, Tuned
 from harness.identity import canonical_json
 from harness.plan import Plan
 from harness.rows import show_row
@@ -97,6 +97,20 @@ def keep_plan(store: Store, plan: Plan, command: str, studies: Sequence[StudyOut
 def _trial_record(trial: Trial) -> dict[str, Any]:
     tuned = None if trial.tuned is None else dataclasses.asdict(trial.tuned)
     return {"trial_id": trial.trial_id, "tuned": tuned, "cell_ids": [cell.cell_id for cell in trial.cells]}
+
+
+def find_run(word: str, root: str) -> tuple[Store, RunRecord]:
+    """A run by its id under a storage root, or by its folder: `results/runs/NAME` and `NAME` mean the same run.
+
+    Raises:
+        AdgridError: there is none.
+    """
+    base, marker, name = word.rstrip("/").rpartition("/runs/")
+    store = Store(base if marker else root)
+    try:
+        return store, read_run(store, name if marker else word)
+    except FileNotFoundError as error:
+        raise AdgridError(f"{word}: no such run under {store.root}/runs; see `adgrid run`") from error
 
 
 def read_run(store: Store, run_id: str) -> RunRecord:

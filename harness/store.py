@@ -199,7 +199,7 @@ class Store:
             "shape": maps.values.shape[1:],
             "offset": maps.offset,
             "step": maps.step,
-            "error": dataclasses.asdict(maps.error),
+            "error": dataclasses.asdict(maps.scaled_error),
             "facts": dict(prediction.facts),
         }
         table = pa.table(

@@ -30,8 +30,8 @@ LAYERS = [
         "tracking",
         "mirrored",
     ],
-    ["run_folder", "sources", "compare_commands"],
-    ["run"],
+    ["run_folder", "sources", "compare_commands", "rescore"],
+    ["run", "report_commands"],
     ["cli"],
 ]
 HOMES = {

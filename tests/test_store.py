@@ -83,7 +83,7 @@ def test_predictions_come_back_bit_for_bit(store):
         assert back.paths == stored.paths
         assert back.facts == stored.facts
         np.testing.assert_array_equal(back.anomaly_maps, stored.anomaly_maps)
-        assert back.maps.error == maps.error
+        assert back.maps.scaled_error == maps.scaled_error
         if scores is None:
             assert back.image_scores is None
         else:
