@@ -12,6 +12,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from harness.metrics import METRICS
@@ -81,18 +82,18 @@ class Matrix:
         """What one number is about: `mean over categories`, or the dataset's name."""
         return "mean over categories" if self.dataset is None else self.dataset
 
-    @property
+    @cached_property
     def stamps(self) -> tuple[str, ...]:
         """Every stamp of every cell, each once, in order of appearance."""
         return tuple(dict.fromkeys(stamp for row in self.rows for cell in row.cells for stamp in cell.stamps))
 
-    @property
+    @cached_property
     def shared_stamps(self) -> tuple[str, ...]:
         """Stamps that every number carries."""
         numbers = [cell for row in self.rows for cell in row.cells if cell.state == "value"]
         return tuple(stamp for stamp in self.stamps if numbers and all(stamp in cell.stamps for cell in numbers))
 
-    @property
+    @cached_property
     def marks(self) -> dict[str, str]:
         """Footnote mark of each stamp that only some numbers carry."""
         some = [stamp for stamp in self.stamps if stamp not in self.shared_stamps]

@@ -127,7 +127,7 @@ def build_matrices(
     for protocol_id in dict.fromkeys(frame["protocol_id"]):
         part = frame[frame["protocol_id"] == protocol_id]
         protocol = describe_protocol(json.loads(part["protocol"].iloc[0]))
-        records = [record for record in _records(part, names) if dataset in (None, record.dataset)]
+        records = _records(part, names, dataset)
         finished = [record for record in records if record.status == "ok"]
         shown = [name for name in names if any(name in record.rates for record in finished)]
         if records and not finished:
@@ -136,7 +136,12 @@ def build_matrices(
     return matrices
 
 
-def _records(frame: pd.DataFrame, metrics: Sequence[str]) -> list[Record]:
+def _records(frame: pd.DataFrame, metrics: Sequence[str], dataset: str | None) -> list[Record]:
+    """What matrices need of the rows, or of those of one dataset."""
+    # Where each dataset has its own number of shots, shots belong to the column and not to the line.
+    is_axis = bool((frame.groupby("dataset")["shots"].nunique(dropna=False) > 1).any())
+    if dataset is not None:
+        frame = frame[frame["dataset"] == dataset]
     others = ["dataset", "category", "seed", "status", "prediction_id", "reason", "stamps", "tuned_fields"]
     wanted = [*_AXES, *others, *metrics]
     rows: list[dict[str, Any]] = [
@@ -148,11 +153,6 @@ def _records(frame: pd.DataFrame, metrics: Sequence[str]) -> list[Record]:
         searched = dict.fromkeys(row.pop("tuned_fields").split("; "), "tuned")
         if "" not in searched:
             row["params"] = json.dumps({**json.loads(row["params"]), **searched}, sort_keys=True)
-    # Where each dataset has its own number of shots, shots belong to the column and not to the line.
-    per_dataset: dict[str, set[int | None]] = {}
-    for row in rows:
-        per_dataset.setdefault(row["dataset"], set()).add(row["shots"])
-    is_axis = any(len(values) > 1 for values in per_dataset.values())
     return [
         Record(
             variant=Variant(**{**{axis: row[axis] for axis in _AXES}, "shots": row["shots"] if is_axis else None}),

@@ -25,19 +25,24 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from harness.contracts import AdgridError, ResultRow, Trainable
+from harness.contracts import AdgridError, ResultRow, RowStatus, Trainable
 from harness.quantisation import MapError, QuantisedMaps
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+FEW_CELLS = 64
+"""For fewer cells than this their rows are looked for one by one, instead of listing all there are."""
+SEGMENT_GROUP = 256
+"""Rows of a segment that are read together; those of one trial lie side by side."""
 _JSON_FIELDS = (
     "params", "protocol", "resolved_protocol", "metrics", "metric_bounds", "costs", "curves", "provenance", "tuned"
 )  # fmt: skip
@@ -105,8 +110,11 @@ class Store:
         """Where `key` lies on this machine's file system, or None on an object store."""
         return Path(self._path(key)) if self.is_local else None
 
-    def publish(self, key: str, data: bytes) -> None:
-        """Writes a whole object under its final key at once; a reader sees the old bytes or the new, never a part."""
+    def publish(self, key: str, data: bytes, lasting: bool = True) -> None:
+        """Writes a whole object under its final key at once; a reader sees the old bytes or the new, never a part.
+
+        What need not outlast a power cut is not waited for (`lasting=False`); that of a killed process stays.
+        """
         path = self._path(key)
         if not self.is_local:
             with self._fs.open_output_stream(path) as stream:
@@ -118,8 +126,9 @@ class Store:
         try:
             with open(temporary, "wb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+                if lasting:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -167,10 +176,15 @@ class Store:
 
     def _all_rows(self, wanted: set[str] | None) -> Iterator[ResultRow]:
         # Singles first: folding publishes the segment before it deletes singles, so no row is missed in between.
-        for name in self.names("rows/new"):
-            if wanted is None or name.split(".", 1)[0] in wanted:
-                with contextlib.suppress(FileNotFoundError):
-                    yield from rows_from_parquet(self.read(f"rows/new/{name}"))
+        if wanted is not None and len(wanted) <= FEW_CELLS:
+            # A trial asks for its own cells alone, while those of all others lie in the same folder.
+            names = [f"{cell_id}.{status}.parquet" for cell_id in sorted(wanted) for status in get_args(RowStatus)]
+            names = [name for name in names if self.exists(f"rows/new/{name}")]
+        else:
+            names = [name for name in self.names("rows/new") if wanted is None or name.split(".", 1)[0] in wanted]
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                yield from rows_from_parquet(self.read(f"rows/new/{name}"))
         for name in self.names("rows/segments"):
             with contextlib.suppress(FileNotFoundError):
                 yield from rows_from_parquet(self.read(f"rows/segments/{name}"), wanted)
@@ -184,7 +198,7 @@ class Store:
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 rows += rows_from_parquet(self.read(f"rows/new/{name}"))
-        data = rows_to_parquet(rows)
+        data = rows_to_parquet(sorted(rows, key=lambda row: row.trial_id))
         self.publish(f"rows/segments/{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
         for name in names:
             self.delete(f"rows/new/{name}")
@@ -265,7 +279,9 @@ class Store:
     def load_scores(self, cell_id: str) -> dict[str, list[Any]] | None:
         """The columns of `publish_scores`, or None."""
         try:
-            return pq.read_table(pa.BufferReader(self.read(f"scores/{cell_id}.parquet"))).to_pydict()
+            # Threads of its own would cost more than reading so small a file.
+            data = pa.BufferReader(self.read(f"scores/{cell_id}.parquet"))
+            return pq.ParquetFile(data).read(use_threads=False).to_pydict()
         except FileNotFoundError:
             return None
 
@@ -321,7 +337,7 @@ class Store:
         attempt = 1
         while self.exists(f"attempts/{run_token}/{cell_id}.{attempt}"):
             attempt += 1
-        self.publish(f"attempts/{run_token}/{cell_id}.{attempt}", b"")
+        self.publish(f"attempts/{run_token}/{cell_id}.{attempt}", b"", lasting=False)
         return attempt
 
     def forget_attempts(self, run_token: str) -> None:
@@ -345,10 +361,10 @@ def _stack(column: pa.ChunkedArray, kind: type, shape: Sequence[int]) -> np.ndar
     return np.stack(rows) if rows else np.zeros((0, *shape), kind)
 
 
-def table_to_parquet(table: pa.Table) -> bytes:
-    """The bytes of a Parquet file."""
+def table_to_parquet(table: pa.Table, group: int | None = None) -> bytes:
+    """The bytes of a Parquet file, whose readers may read `group` rows alone."""
     sink = io.BytesIO()
-    pq.write_table(table, sink)
+    pq.write_table(table, sink, row_group_size=group)
     return sink.getvalue()
 
 
@@ -363,7 +379,21 @@ def rows_to_parquet(rows: Sequence[ResultRow]) -> bytes:
             values = [list(value) for value in values]
         columns[field.name] = values
     schema = pa.schema([(name, _row_type(name)) for name in columns])
-    return table_to_parquet(pa.table(columns, schema=schema))
+    return table_to_parquet(pa.table(columns, schema=schema), SEGMENT_GROUP)
+
+
+def _read_groups(file: pq.ParquetFile, wanted: set[str] | None) -> pa.Table:
+    """All rows, or those of some cells, of which no other group of rows is unpacked."""
+    if wanted is None:
+        return file.read(use_threads=False)
+    ids, groups, start = file.read(columns=["cell_id"], use_threads=False)["cell_id"].to_pylist(), [], 0
+    for number in range(file.num_row_groups):
+        stop = start + file.metadata.row_group(number).num_rows
+        if not wanted.isdisjoint(ids[start:stop]):
+            groups.append(number)
+        start = stop
+    table = file.read_row_groups(groups, use_threads=False)
+    return table.filter(pc.is_in(table["cell_id"], pa.array(sorted(wanted), pa.string())))
 
 
 def _row_type(name: str) -> pa.DataType:
@@ -375,9 +405,8 @@ def _row_type(name: str) -> pa.DataType:
 def rows_from_parquet(data: bytes, wanted: set[str] | None = None) -> list[ResultRow]:
     """The rows of `rows_to_parquet`, or those of the cells `wanted`."""
     rows = []
-    for record in pq.read_table(pa.BufferReader(data)).to_pylist():
-        if wanted is not None and record["cell_id"] not in wanted:
-            continue
+    file = pq.ParquetFile(pa.BufferReader(data))
+    for record in _read_groups(file, wanted).to_pylist():
         for name in _JSON_FIELDS:
             record[name] = json.loads(record.get(name) or "{}")  # rows of earlier versions lack a column
         record["layers"], record["stamps"] = tuple(record["layers"]), tuple(record["stamps"])
