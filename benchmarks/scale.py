@@ -1,13 +1,15 @@
 """What the harness itself costs: grids of cells that do nothing, from planning to the report, at several sizes.
 
-Every step is a process of its own, as a user would start it: `plan`, `run` with the MLflow mirror, the same `run` again,
-when everything is done, and `report`. Methods and images are those of `noop.py`, so that what remains is the harness.
+Every step is a process of its own, as a user would start it: `plan`, `run` with the MLflow mirror, the same `run`
+again, when everything is done, and `report`. Methods and images are those of `noop.py`, so that what remains is the
+harness.
 Cells are ten to a trial, five datasets, ten seeds; what grows is the number of configurations.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import resource
@@ -77,7 +79,16 @@ def measure(cells, options):
         write_space(Path(folder), cells // CELLS_PER_CONFIGURATION)
         steps = {}
         for step in ("hash", "plan", "run", "resume", "report"):
-            command = [sys.executable, __file__, "--step", step, "--folder", folder, "--num-cpus", str(options.num_cpus)]
+            command = [
+                sys.executable,
+                __file__,
+                "--step",
+                step,
+                "--folder",
+                folder,
+                "--num-cpus",
+                str(options.num_cpus),
+            ]
             if options.profile:
                 command += ["--profile", options.profile]
             paths = [folder, str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
@@ -92,12 +103,14 @@ def measure(cells, options):
             "trials_seconds": steps["run"]["trials_seconds"],
             "cell_ms": steps["run"]["cell_ms"],
             "trial_start_ms": steps["run"]["trial_start_ms"],
-            "workers_started": steps["run"]["workers"],
-            "driver_ms_per_cell": 1000 * steps["run"]["driver_cpu_seconds"] / cells,
+            "num_workers": steps["run"]["num_workers"],
+            "worker_cpu_ms_per_cell": 1000 * steps["run"]["worker_cpu_seconds"] / cells,
+            "driver_cpu_ms_per_cell": 1000 * steps["run"]["driver_cpu_seconds"] / cells,
             "driver_peak_mib": steps["run"]["peak_mib"],
             "mirror_lag_seconds": steps["run"]["mirror_lag_seconds"],
             "resume_seconds": steps["resume"]["seconds"],
             "report_seconds": steps["report"]["seconds"],
+            **{f"{step}_cpu_seconds": steps[step]["cpu_seconds"] for step in ("plan", "resume", "report")},
         }
 
 
@@ -137,7 +150,7 @@ def take_step(step, folder, num_cpus, profile):
     space, console = str(folder / "space.yaml"), Console(file=io.StringIO())
     marks = {}
     with profiled(profile, step):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         if step in ("hash", "plan"):
             harness.run.plan_run(space, options, console)
         elif step == "report":
@@ -151,10 +164,10 @@ def take_step(step, folder, num_cpus, profile):
             assert not outcome.notes, outcome.notes
         seconds = time.perf_counter() - start
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    told = {"seconds": seconds, "peak_mib": usage.ru_maxrss / 1024}
+    told = {"seconds": seconds, "cpu_seconds": time.process_time() - cpu, "peak_mib": usage.ru_maxrss / 1024}
     if step == "run":
         told |= time_cells(outcome.rows, marks, num_cpus)
-        told["driver_cpu_seconds"] = marks["cpu_seconds"]
+        told |= {name: marks[name] for name in ("driver_cpu_seconds", "worker_cpu_seconds", "num_workers")}
         told["mirror_lag_seconds"] = marks["mirrored"] - marks["ended"]
     print(json.dumps(told))
 
@@ -174,10 +187,13 @@ def profiled(folder, step):
 
 
 def watch_phases(marks):
-    """Notes when trials begin and end, what the driver computed meanwhile, and which worker ran which trial."""
-    import harness.sweep
+    """Notes when trials begin and end, how many workers ran them, what all computed, and when the mirror was done."""
+    import psutil
 
-    run_trials = harness.sweep.run_trials
+    import harness.sweep
+    import harness.tracker
+
+    run_trials, close = harness.sweep.run_trials, harness.tracker.Tracker._close
 
     def timed(*arguments, **options):
         cpu = time.process_time()
@@ -185,10 +201,22 @@ def watch_phases(marks):
         try:
             return run_trials(*arguments, **options)
         finally:
-            marks["ended"] = marks["mirrored"] = time.time()
-            marks["cpu_seconds"] = time.process_time() - cpu
+            marks["ended"] = time.time()
+            marks["driver_cpu_seconds"] = time.process_time() - cpu
+            family = psutil.Process().children(recursive=True)
+            spent = [sum(child.cpu_times()[:2]) for child in family if is_worker(child)]
+            marks["worker_cpu_seconds"], marks["num_workers"] = sum(spent), len(spent)
 
-    harness.sweep.run_trials = timed
+    def close_and_note(tracker):
+        close(tracker)
+        marks.setdefault("mirrored", time.time())
+
+    harness.sweep.run_trials, harness.tracker.Tracker._close = timed, close_and_note
+
+
+def is_worker(process):
+    """Whether a process has run trials; one that never did has not imported torch."""
+    return process.name().startswith("ray::") and process.memory_info().rss > 250 * 2**20
 
 
 def time_cells(rows, marks, num_cpus):
@@ -196,14 +224,13 @@ def time_cells(rows, marks, num_cpus):
     ends = defaultdict(list)
     for row in rows:
         ends[row.trial_id].append(datetime.fromisoformat(row.provenance["finished_at"]).timestamp())
-    gaps = [later - earlier for times in ends.values() for earlier, later in zip(sorted(times), sorted(times)[1:])]
+    gaps = [later - earlier for times in ends.values() for earlier, later in itertools.pairwise(sorted(times))]
     cell = statistics.fmean(gaps)
     seconds = marks["ended"] - marks["began"]
     return {
         "trials_seconds": seconds,
         "cell_ms": 1000 * cell,
         "trial_start_ms": 1000 * (seconds * num_cpus - cell * len(rows)) / len(ends),
-        "workers": 0,
     }
 
 

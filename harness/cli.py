@@ -475,8 +475,8 @@ def _here(reason: str | None) -> str:
 
 
 def _ui(parsed: argparse.Namespace, console: Console, command: str) -> int:
-    from harness.run import default_tracking_uri
     from harness.store import Store
+    from harness.tracker import default_tracking_uri
     from harness.tracking import ui_command
 
     uri = default_tracking_uri(_options(parsed), Store(parsed.root))

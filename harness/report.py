@@ -139,7 +139,7 @@ def build_matrices(
 def _records(frame: pd.DataFrame, metrics: Sequence[str], dataset: str | None) -> list[Record]:
     """What matrices need of the rows, or of those of one dataset."""
     # Where each dataset has its own number of shots, shots belong to the column and not to the line.
-    is_axis = bool((frame.groupby("dataset")["shots"].nunique(dropna=False) > 1).any())
+    is_axis = bool((frame[["dataset", "shots"]].drop_duplicates()["dataset"].value_counts() > 1).any())
     if dataset is not None:
         frame = frame[frame["dataset"] == dataset]
     others = ["dataset", "category", "seed", "status", "prediction_id", "reason", "stamps", "tuned_fields"]

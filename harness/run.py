@@ -6,7 +6,7 @@ import dataclasses
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,27 +17,21 @@ from rich.markup import escape
 from harness.bundle import write_bundle
 from harness.contracts import AdgridError, Job, Pretraining, ResultRow, RunSettings, Trial
 from harness.identity import canonical_json
-from harness.notes import Loss
 from harness.options import RunOptions
 from harness.placement import check_placement
 from harness.plan import Plan, make_plan
 from harness.progress import Listener, ProgressBoard
 from harness.report import rows_frame, write_report
-from harness.rows import show_row
 from harness.run_folder import RunRecord, StudyOutcome, conclude_study, keep_plan, read_run
 from harness.sheets import sheet_key
 from harness.space import load_space
 from harness.store import Store
-from harness.study import Ledger, Study, find_best, read_study
+from harness.study import Ledger, Study
 from harness.study_report import write_studies
-from harness.tracking import Mirror, TrackingUnavailable
+from harness.tracker import Tracker
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-LOSSES_SECONDS = 5.0
-"""Least time between two portions of losses on their way to MLflow; at most a twentieth of the driver's time."""
 
 
 _TRIM_SECONDS = 30.0  # least time between two looks at what predictions take, which lists them all
@@ -119,20 +113,22 @@ def execute(space_path: str, options: RunOptions, console: Console, command: str
         raise AdgridError(
             f"--root {options.root}: cannot be written ({error}); name a writable folder or URI"
         ) from error
-    tracker = _Tracker(options, store, plan)
     keeper = _Keeper(store, options.prediction_gib)
-    with _Crew(store, settings, options, console, [tracker, keeper], plan.pretrainings) as crew:
-        plain = [study for study in plan.studies if not study.search.is_adaptive]
-        crew.run_trials([*plan.trials, *(sample.trial for study in plain for sample in study.samples)])
-        crew.run_studies([study for study in plan.studies if study.search.is_adaptive])
-        studies = [conclude_study(study, store) for study in plan.studies]
-        crew.run_trials([trial for study in studies for trial in study.winners])
-    store.fold_rows()
-    keeper.trim()
-    keep_plan(store, plan, command, studies)
-    record = read_run(store, plan.run_id)
-    files = remake_report(store, record)
-    tracker.finish(record, files)
+    with Tracker(options, store, plan) as tracker:
+        tracker.start()
+        with _Crew(store, settings, options, console, [tracker, keeper], plan.pretrainings) as crew:
+            plain = [study for study in plan.studies if not study.search.is_adaptive]
+            crew.run_trials([*plan.trials, *(sample.trial for study in plain for sample in study.samples)])
+            crew.run_studies([study for study in plan.studies if study.search.is_adaptive])
+            studies = [conclude_study(study, store) for study in plan.studies]
+            crew.run_trials([trial for study in studies for trial in study.winners])
+        store.fold_rows()
+        keeper.trim()
+        keep_plan(store, plan, command, studies)
+        record = read_run(store, plan.run_id)
+        files = remake_report(store, record)
+        with console.status("mirroring to MLflow"):
+            tracker.finish(record, files)
     without = [study.study.name for study in studies if not study.winners]
     notes = [f"{name}: no configuration finished, so there is none to report" for name in without]
     return Outcome(
@@ -277,90 +273,3 @@ class _Keeper(Listener):
 
     def trim(self) -> None:
         self._store.trim_predictions(self._most_bytes)
-
-
-class _Tracker(Listener):
-    """Mirrors rows to MLflow while trials end, and losses while they train; an unreachable server costs one note,
-    never a result."""
-
-    def __init__(self, options: RunOptions, store: Store, plan: Plan) -> None:
-        self.notes: list[str] = []
-        self.uri = default_tracking_uri(options, store)
-        self._plan = plan
-        self._planned = {trial.trial_id: trial for trial in plan.trials}
-        self._rows: dict[tuple[str, str], ResultRow] = {}
-        self._mirror: Mirror | None = None
-        self._losses: dict[str, tuple[Trial, list[Loss]]] = {}
-        self._losses_due = 0.0
-        if self.uri is not None:
-            self._try(lambda: self._open(str(self.uri), options.experiment))
-            self._sync([], [], finished=False)  # an unreachable server is told before anything runs
-
-    def _open(self, uri: str, experiment: str) -> None:
-        self._mirror = Mirror(uri, experiment)
-
-    def finished(self, trial: Trial, row: ResultRow) -> None:
-        self._planned[trial.trial_id] = trial
-        self._rows[trial.trial_id, row.cell_id] = show_row(row, trial.trial_id, trial.tuned)
-
-    def trained(self, trial: Job, losses: Sequence[Loss]) -> None:
-        if isinstance(trial, Pretraining) or self._mirror is None:
-            return
-        self._losses.setdefault(trial.trial_id, (trial, []))[1].extend(losses)
-        start, mirror = time.monotonic(), self._mirror
-        if start >= self._losses_due:
-            self._try(lambda: mirror.log_losses(self._plan.space.name, self._plan.run_id, self._losses))
-            self._losses = {}
-            now = time.monotonic()
-            self._losses_due = now + max(LOSSES_SECONDS, 20 * (now - start))
-
-    def ended(self, trial: Job) -> None:
-        self._losses.pop(trial.trial_id, None)  # its rows have the whole curves
-        if isinstance(trial, Pretraining):
-            return
-        keys = [(trial.trial_id, cell.cell_id) for cell in trial.cells]
-        self._sync([self._rows[key] for key in keys if key in self._rows], [], finished=False)
-
-    def finish(self, record: RunRecord, files: Sequence[Path]) -> None:
-        """Mirrors all rows, those of studies first, since the parent is about the others alone."""
-        best = {}
-        samples = {row.cell_id: row for row in record.sample_rows}
-        for study in record.studies:
-            found = find_best(read_study(study, samples))
-            if found is not None and found.score is not None:
-                best[f"tuned/{study['name']}/{study['search']['objective']}"] = found.score
-        if record.sample_rows:
-            self._sync(record.sample_rows, [], finished=False)
-        self._sync(record.rows, files, finished=True, metrics=best)
-
-    def _sync(
-        self,
-        rows: Sequence[ResultRow],
-        files: Sequence[Path],
-        finished: bool,
-        metrics: Mapping[str, float] | None = None,
-    ) -> None:
-        mirror = self._mirror
-        if mirror is not None:
-            space, run_id, planned = self._plan.space, self._plan.run_id, self._planned.values()
-            params = {"space": space.name, "cells": str(self._plan.num_reported)}
-            self._try(
-                lambda: mirror.sync(space.name, run_id, rows, files, params, finished, planned=planned, metrics=metrics)
-            )
-
-    def _try(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except TrackingUnavailable as error:
-            self._mirror = None
-            self.notes.append(f"MLflow: {error}; the rows are saved, and the same command mirrors them later")
-
-
-def default_tracking_uri(options: RunOptions, store: Store) -> str | None:
-    """The URI to mirror to: as told, else a SQLite file in a local root, else none."""
-    if options.tracking_uri == "off":
-        return None
-    if options.tracking_uri is not None:
-        return options.tracking_uri
-    database = store.local_path("mlflow.db")
-    return None if database is None else f"sqlite:///{database}"

@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -225,11 +225,11 @@ class Mirror:
 @contextmanager
 def reported(tracking_uri: str) -> Iterator[None]:
     """Turns what MLflow and its ways to a server raise into TrackingUnavailable, told without the password."""
+    # Between MLflow and its database layer; nobody who reads it here can do anything about it. The filter stays, since
+    # one that is put back would not be a thread's own.
+    warnings.filterwarnings("ignore", category=SADeprecationWarning)
     try:
-        with warnings.catch_warnings():
-            # Between MLflow and its database layer; nobody who reads it here can do anything about it.
-            warnings.simplefilter("ignore", SADeprecationWarning)
-            yield
+        yield
     # The exceptions of requests are OSErrors.
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" …")
@@ -432,24 +432,35 @@ def _sync_child(
         if row.status == "ok"
         for name, values in row.curves.items()
     }
+    status = "RUNNING"
+    if is_complete:  # all in one call: most of what a server takes for a trial is the number of calls
+        written = {_key(name): float(value) for name, value in numbers.items()}
+        after = replace(child, metrics={**child.metrics, **written}, tags={**child.tags, **tags})
+        means, tags["status"], status = _conclude(after, is_complete=True)
+        numbers |= means
     has_changed = _write(client, child, params=_child_params(row), metrics=numbers, curves=curves, tags=tags)
-    if is_complete:
-        _settle(client, child, is_complete=True)
-    elif has_changed:
+    if has_changed and not is_complete:
         _write(client, child, tags={"status": "running"})
-        _set_status(client, child, "RUNNING")
+    if has_changed or is_complete:
+        _set_status(client, child, status)
 
 
 def _settle(client: MlflowClient, child: _Mirrored, is_complete: bool) -> None:
     """Writes the means and the final status of a trial of which no more rows will come."""
+    means, word, status = _conclude(child, is_complete)
+    _write(client, child, metrics=means, tags={"status": word})
+    _set_status(client, child, status)
+
+
+def _conclude(child: _Mirrored, is_complete: bool) -> tuple[dict[str, float], str, str]:
+    """Means, our status and MLflow's of a trial of which no more rows will come."""
     found = set(child.cells.values())
     word, status = "ok", "FINISHED"
     if found & {"failed", "skipped"}:
         word, status = ("failed" if "failed" in found else "skipped"), "FAILED"
     elif found != {"ok"} or not is_complete:
         word, status = ("stopped" if "stopped" in found else "incomplete"), "KILLED"
-    _write(client, child, metrics=_summaries(child) if word == "ok" else {}, tags={"status": word})
-    _set_status(client, child, status)
+    return _summaries(child) if word == "ok" else {}, word, status
 
 
 def _summaries(child: _Mirrored) -> dict[str, float]:

@@ -30,7 +30,7 @@ LAYERS = [
         "tracking",
         "mirrored",
     ],
-    ["run_folder", "sources", "compare_commands", "rescore"],
+    ["run_folder", "tracker", "sources", "compare_commands", "rescore"],
     ["run", "report_commands"],
     ["cli"],
 ]

@@ -173,3 +173,18 @@ def test_a_root_that_cannot_be_made_is_named(tmp_path):
         Store(str(tmp_path / "file" / "root"))
     with pytest.raises(AdgridError, match="--root"):
         Store("nonsense://bucket/root")
+
+
+def test_a_few_rows_are_the_same_as_picked_from_all(tmp_path):
+    store = Store(str(tmp_path))
+    rows = [make_row(f"{number:03d}", trial_id=f"t{number // 10}") for number in range(600)]
+    for row in rows[:500]:
+        store.publish_row(row)
+    assert store.fold_rows() == 500
+    for row in rows[500:]:
+        store.publish_row(row)
+    everything = store.load_rows()
+    assert len(everything) == 600
+    for wanted in (["003"], ["599"], ["003", "255", "256", "511"], [f"{number:03d}" for number in range(0, 600, 3)]):
+        assert store.load_rows(wanted) == {cell_id: everything[cell_id] for cell_id in wanted}
+    assert store.load_rows(["nothing of that name"]) == {}
