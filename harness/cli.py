@@ -73,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="remake tables and pictures of a run")
     report.add_argument("run", help="id of a run, or its folder")
-    report.add_argument("--no-pictures", dest="pictures", action="store_false", help="draw no contact sheet per cell")
+    report.add_argument("--no-pictures", dest="pictures", action="store_false", help="draw no pictures per cell")
+    report.add_argument("--html", action="store_true", help="print where report.html is, and no tables")
     _add_places(report)
     report.set_defaults(handle=_report)
 
@@ -226,6 +227,7 @@ def _run(parsed: argparse.Namespace, console: Console, command: str) -> int:
     for note in outcome.notes:
         console.print(f"[yellow]{_escape(note)}[/]", soft_wrap=True)
     console.print(f"run folder  {outcome.run_folder}", soft_wrap=True)
+    console.print(f"report      {outcome.run_folder}/report/report.html", soft_wrap=True)
     if outcome.tracking_uri:
         shown = ui_command(outcome.tracking_uri)
         if shown.startswith("mlflow ") and shutil.which("mlflow") is None:

@@ -51,6 +51,8 @@ class MatrixRow:
     """One text per entry of the matrix's `header`."""
     cells: tuple[MatrixCell, ...]
     """One per entry of the matrix's `columns`."""
+    variant: Variant | None = None
+    """What the line stands for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +224,7 @@ def build_matrix(
                 cells.append(MatrixCell(state="unavailable"))
             else:
                 cells.append(MatrixCell(state="hole", note="not run"))
-        lines.append(MatrixRow(labels=texts, cells=tuple(cells)))
+        lines.append(MatrixRow(labels=texts, cells=tuple(cells), variant=variant))
     return Matrix(
         metric=metric,
         title=METRICS[metric].title,

@@ -136,6 +136,16 @@ def build_matrices(
     return matrices
 
 
+def find_variants(frame: pd.DataFrame) -> list[Variant]:
+    """The line of a matrix that each row of a frame belongs to, in the order of the frame."""
+    found: dict[int, Variant] = {}
+    for protocol_id in dict.fromkeys(frame["protocol_id"]):
+        part = frame[frame["protocol_id"] == protocol_id]
+        places = [place for place, other in enumerate(frame["protocol_id"]) if other == protocol_id]
+        found |= dict(zip(places, (record.variant for record in _records(part, (), None)), strict=True))
+    return [found[place] for place in range(len(frame))]
+
+
 def _records(frame: pd.DataFrame, metrics: Sequence[str], dataset: str | None) -> list[Record]:
     """What matrices need of the rows, or of those of one dataset."""
     # Where each dataset has its own number of shots, shots belong to the column and not to the line.
@@ -216,8 +226,8 @@ def _describe_field(name: str, value: Any) -> str:
     return f"{name} {show_value(value)}"
 
 
-def _own_values(rows: Sequence[ResultRow]) -> list[str]:
-    """What the protocol leaves to methods and backbones, and what it was."""
+def own_values(rows: Sequence[ResultRow]) -> list[tuple[str, str]]:
+    """Fields that the protocol leaves to methods and backbones, and what they were."""
     seen: dict[str, dict[str, dict[str, None]]] = {}
     for row in rows:
         for name, value in row.protocol.items():
@@ -226,7 +236,7 @@ def _own_values(rows: Sequence[ResultRow]) -> list[str]:
                 resolved = show_value(row.resolved_protocol[name])
                 seen.setdefault(name, {}).setdefault(owner, {})[resolved] = None
     return [
-        f"- {name}: " + ", ".join(f"{owner} {' / '.join(values)}" for owner, values in owners.items())
+        (name, ", ".join(f"{owner} {' / '.join(values)}" for owner, values in owners.items()))
         for name, owners in seen.items()
     ]
 
@@ -404,7 +414,7 @@ def _method_section(rows: Sequence[ResultRow], matrices: Sequence[Matrix]) -> li
     ]
     used = [name for name in METRICS if any(matrix.metric == name for matrix in matrices)]
     lines += [f"- {METRICS[name].title}: {METRICS[name].definition}" for name in used]
-    own = _own_values(rows)
+    own = [f"- {name}: {text}" for name, text in own_values(rows)]
     return (
         [*lines, "", "The protocol leaves these to the method or backbone; the values were:", "", *own]
         if own
@@ -412,13 +422,19 @@ def _method_section(rows: Sequence[ResultRow], matrices: Sequence[Matrix]) -> li
     )
 
 
-def _provenance_section(rows: Sequence[ResultRow]) -> list[str]:
+def summarise_provenance(rows: Sequence[ResultRow]) -> dict[str, str]:
+    """What rows say about where they come from, by key: the values, or how many there are with the first and last."""
     values: dict[str, set[str]] = {}
     for row in rows:
         for key, value in row.provenance.items():
             values.setdefault(key, set()).add(value)
-    lines = ["", "## Provenance", "", "| | |", "|---|---|"] if values else []
-    for key, found in sorted(values.items()):
-        text = ", ".join(sorted(found)) if len(found) <= 4 else f"{len(found)} values, {min(found)} to {max(found)}"
-        lines.append(f"| {key} | {text.replace('|', chr(92) + '|')} |")
-    return lines
+    return {
+        key: ", ".join(sorted(found)) if len(found) <= 4 else f"{len(found)} values, {min(found)} to {max(found)}"
+        for key, found in sorted(values.items())
+    }
+
+
+def _provenance_section(rows: Sequence[ResultRow]) -> list[str]:
+    told = summarise_provenance(rows)
+    lines = ["", "## Provenance", "", "| | |", "|---|---|"] if told else []
+    return [*lines, *(f"| {key} | {text.replace('|', chr(92) + '|')} |" for key, text in told.items())]

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from harness.contracts import AdgridError
+from harness.details import remake_details
 from harness.options import RunOptions
 from harness.report import build_matrices, rows_frame, terminal_table
 from harness.rescore import rescore_run
@@ -21,12 +22,21 @@ def remake(parsed: Namespace, console: Console) -> int:
     store, record = find_run(parsed.run, parsed.root)
     with console.status("drawing"):
         notes = remake_sheets(store, record.rows) if parsed.pictures else []
-    files = remake_report(store, record)
+        if parsed.pictures:
+            places = RunOptions(data_root=parsed.data_root, cache_dir=parsed.cache_dir).places
+            notes += remake_details(store, record.rows, places.cache_dir)
+        files = remake_report(store, record)
+    page = f"{store.root}/runs/{record.run_id}/report/report.html"
+    if parsed.html:
+        for note in notes:
+            console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
+        console.print(page, soft_wrap=True)
+        return 0
     for matrix in build_matrices(rows_frame(record.rows)):
         console.print(terminal_table(matrix))
     for note in notes:
         console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
-    console.print(f"{len(files)} files in {store.root}/runs/{record.run_id}/report", soft_wrap=True)
+    console.print(f"{len(files)} files in {store.root}/runs/{record.run_id}/report; look at {page}", soft_wrap=True)
     return 0
 
 

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from harness.bundle import write_bundle
+from harness.bundle import SCORES_FILE, scores_from_parquet, write_bundle
 from harness.contracts import AdgridError, Job, Pretraining, ResultRow, RunSettings, Trial
+from harness.details import load_details
+from harness.html_report import render_page
 from harness.identity import canonical_json
 from harness.options import RunOptions
 from harness.placement import check_placement
@@ -26,8 +28,8 @@ from harness.run_folder import RunRecord, StudyOutcome, conclude_study, keep_pla
 from harness.sheets import sheet_key
 from harness.space import load_space
 from harness.store import Store
-from harness.study import Ledger, Study
-from harness.study_report import write_studies
+from harness.study import Ledger, Study, read_study
+from harness.study_report import study_picture, write_studies
 from harness.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -241,9 +243,28 @@ def remake_report(store: Store, record: RunRecord) -> list[Path]:
     )
     files += study_files
     files += write_bundle(store, record.run_id, rows, temporary)
+    files.append(write_page(store, record, temporary))
     for file in files if folder is None else ():
         store.publish(f"runs/{run_id}/report/{file.relative_to(temporary)}", file.read_bytes())
     return files
+
+
+def write_page(store: Store, record: RunRecord, folder: Path) -> Path:
+    """Writes `report.html` beside the other files of a report, and returns it."""
+    rows, samples = record.rows, {row.cell_id: row for row in record.sample_rows}
+    finished = [row.cell_id for row in rows if row.status == "ok"]
+    page = render_page(
+        rows,
+        scores_from_parquet((folder / SCORES_FILE).read_bytes()),
+        {cell_id: load_details(store, cell_id) for cell_id in finished},
+        title=record.name,
+        command=record.command,
+        expected_cells=record.num_expected,
+        studies=[(study, read_study(study, samples), study_picture(folder, study)) for study in record.studies],
+    )
+    target = folder / "report.html"
+    target.write_text(page, encoding="utf-8")
+    return target
 
 
 def run_space(space: str | Path, *, quiet: bool = False, **options: object) -> pd.DataFrame:

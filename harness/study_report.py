@@ -52,11 +52,16 @@ def write_studies(
         else:
             (target / "best.yaml").write_text(_best_yaml(record, best, results, command), encoding="utf-8")
             files.append(target / "best.yaml")
-        picture = target / "parallel_coordinates.png"
+        picture = study_picture(folder, record)
         draw_parallel_coordinates(_distributions(record), results, objective, _title(record), picture)
         files.append(picture)
         lines += _section(record, results, best, objective)
     return files, lines
+
+
+def study_picture(folder: Path, record: Record) -> Path:
+    """Where the picture of a study lies in the folder of a report."""
+    return folder / "studies" / str(record["name"]) / "parallel_coordinates.png"
 
 
 def study_table(record: Record, results: Sequence[SampleResult]) -> Table:

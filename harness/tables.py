@@ -51,6 +51,11 @@ def cell_colour(value: float, bounds: tuple[float, float]) -> tuple[int, int, in
     return red, green, blue
 
 
+def scale_stops() -> list[list[int]]:
+    """The (red, green, blue) colours between which `cell_colour` draws straight lines, the lowest rate first."""
+    return [list(_VIRIDIS[place : place + 3]) for place in range(0, len(_VIRIDIS), 3)]
+
+
 def is_dark(colour: tuple[int, int, int]) -> bool:
     """Whether white text is easier to read on this colour than black, by the relative luminance of WCAG 2.1."""
     parts = [part / 255 for part in colour]

@@ -25,6 +25,8 @@ LAYERS = [
         "studies",
         "study_figures",
         "report",
+        "html_cells",
+        "html_report",
         "study_report",
         "leaderboard",
         "tracking",

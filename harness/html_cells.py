@@ -1,0 +1,169 @@
+"""What the HTML report holds of each cell: ROC curve, score histogram, pixel curves, and pictures within a budget."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from harness.bundle import ImageScores
+from harness.contracts import ResultRow
+from harness.details import NUM_PICTURES
+from harness.intervals import Estimate, add_variances, delong, mean_over_seeds
+
+NUM_BINS = 32
+_FEW_CELLS = 300
+"""Up to here curves have many points."""
+
+
+def draw_roc(scores: ImageScores, num_points: int) -> dict[str, Any]:
+    """The ROC curve of image scores in counts, as thresholds fall.
+
+    Args:
+        scores: of one cell.
+        num_points: about how many points are kept; the one of the best F1 always is.
+
+    Returns:
+        `threshold` (an image is called anomalous from here on), `false` and `true` positives at it; `best`, the place
+        of the best F1; `normal` and `anomalous`, how many there are.
+    """
+    order = np.argsort(-scores.score, kind="stable")
+    score, label = scores.score[order], scores.label[order]
+    last = np.flatnonzero(np.diff(score, append=-np.inf))
+    true, false = np.cumsum(label == 1)[last], np.cumsum(label == 0)[last]
+    num_anomalous, num_normal = int(true[-1]), int(false[-1])
+    best = int(np.argmax(2 * true / (true + false + num_anomalous)))
+    length = np.cumsum(
+        np.diff(true, prepend=0) / max(num_anomalous, 1) + np.diff(false, prepend=0) / max(num_normal, 1)
+    )
+    chosen = np.searchsorted(length, np.linspace(0, length[-1], num_points)).clip(max=len(length) - 1)
+    chosen = np.union1d(chosen, best)
+    return {
+        "threshold": [float(f"{value:.5g}") for value in score[last][chosen]],
+        "false": false[chosen].tolist(),
+        "true": true[chosen].tolist(),
+        "best": int(np.searchsorted(chosen, best)),
+        "normal": num_normal,
+        "anomalous": num_anomalous,
+    }
+
+
+def count_scores(scores: ImageScores) -> dict[str, Any]:
+    """How many normal and anomalous images have scores in each of equal ranges from `low` to `high`."""
+    low, high = float(scores.score.min()), float(scores.score.max())
+    edges = np.linspace(low, high if high > low else low + 1, NUM_BINS + 1)
+    normal, anomalous = (np.histogram(scores.score[scores.label == kind], edges)[0].tolist() for kind in (0, 1))
+    return {"low": edges[0], "high": edges[-1], "normal": normal, "anomalous": anomalous}
+
+
+def describe_cells(
+    rows: Sequence[ResultRow],
+    scores: Mapping[str, ImageScores],
+    details: Mapping[str, Mapping[str, Any]],
+    picture_bytes: int,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Every finished cell for the page, and the photos that its pictures name.
+
+    Args:
+        rows: those of the report.
+        scores: by cell id; cells without have no ROC curve.
+        details: by cell id, as `harness.details.load_details` gives them.
+        picture_bytes: room for photos and heat maps. Each cell gets its worst mistake before any gets a second.
+
+    Returns:
+        One record per finished row, in their order, and photos in base64 by id.
+    """
+    finished = [row for row in rows if row.status == "ok"]
+    points = 160 if len(finished) <= _FEW_CELLS else 60
+    records: list[dict[str, Any]] = []
+    for row in finished:
+        found, known = scores.get(row.cell_id), details.get(row.cell_id, {})
+        records.append(
+            {
+                "id": row.cell_id,
+                "category": row.category,
+                "seed": row.seed,
+                "metrics": {name: round(value, 6) for name, value in row.metrics.items()},
+                "bounds": {name: float(f"{value:.1e}") for name, value in row.metric_bounds.items()},
+                "costs": dict(row.costs),
+                "layers": list(row.layers),
+                "params": dict(row.params),
+                "stamps": list(row.stamps),
+                "roc": None if found is None else draw_roc(found, points),
+                "histogram": None if found is None else count_scores(found),
+                "curves": _thin(known.get("curves") or {}, points // 2),
+                "pictures": [],
+            }
+        )
+    photos = _hand_out(records, [details.get(row.cell_id, {}).get("pictures", []) for row in finished], picture_bytes)
+    return records, photos
+
+
+def _thin(curves: Mapping[str, Sequence[float]], num_points: int) -> dict[str, list[float]]:
+    if not curves:
+        return {}
+    length = len(next(iter(curves.values())))
+    chosen = np.unique(np.linspace(0, length - 1, min(num_points, length)).round().astype(int))
+    return {name: [round(values[place], 4) for place in chosen] for name, values in curves.items()}
+
+
+def _hand_out(
+    records: Sequence[dict[str, Any]], pictures: Sequence[Sequence[Mapping[str, Any]]], room: int
+) -> dict[str, str]:
+    """Gives cells their pictures, the worst of each first, and returns the photos; equal ones are kept once."""
+    photos: dict[str, str] = {}
+    ranked = [[[picture for picture in one if picture["label"] == label] for label in (1, 0)] for one in pictures]
+    for rank, (record, kinds) in itertools.product(range(NUM_PICTURES), zip(records, ranked, strict=True)):
+        for kind in kinds:
+            if rank >= len(kind):
+                continue
+            picture = kind[rank]
+            size = len(picture["heat"]) + len(picture.get("mask", ""))
+            size += 0 if picture["id"] in photos else len(picture["photo"])
+            if size > room:
+                continue
+            room -= size
+            photos[picture["id"]] = picture["photo"]
+            record["pictures"].append({name: value for name, value in picture.items() if name != "photo"})
+    return photos
+
+
+def mean_interval(rows: Sequence[ResultRow], scores: Mapping[str, ImageScores]) -> tuple[float, float] | None:
+    """The 95 % interval of a mean image AUROC over test images (DeLong) and, where there are several, seeds.
+
+    Args:
+        rows: of one line of a matrix on one dataset, all finished: every category with every seed.
+        scores: by cell id.
+
+    Returns:
+        Its ends in [0, 1]; None where scores are missing or some category shows no variance.
+    """
+    categories: dict[str, list[ResultRow]] = {}
+    for row in rows:
+        categories.setdefault(row.category, []).append(row)
+    parts = []
+    for members in categories.values():
+        found = [scores.get(row.cell_id) for row in members]
+        first = found[0]
+        if first is None:
+            return None
+        aligned = [None if one is None else one.reorder(first.images) for one in found]
+        known = [one for one in aligned if one is not None and (one.label == first.label).all()]
+        if len(known) < len(members):
+            return None
+        weights = np.full(len(known), 1 / (len(known) * len(categories)))
+        parts.append(delong(np.stack([one.score for one in known]), first.label, weights))
+    if any(part.variance is None for part in parts):
+        return None
+    per_seed: dict[int, list[float]] = {}
+    for row in rows:
+        per_seed.setdefault(row.seed, []).append(row.metrics["image_auroc"])
+    value = float(np.mean([np.mean(values) for values in per_seed.values()]))
+    over_images = add_variances(value, parts)
+    total: Estimate = add_variances(
+        value, [over_images, mean_over_seeds([float(np.mean(v)) for v in per_seed.values()])]
+    )
+    ends = total.interval(0.95)
+    return None if ends is None else (max(ends[0], 0.0), min(ends[1], 1.0))
