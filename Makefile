@@ -80,4 +80,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[quickstart,search,dev]"
+	@$(BROWSER)
 	touch $@
+
+# The HTML report is tested in a real browser; without one those tests are skipped.
+BROWSER = command -v chromium >/dev/null && command -v chromedriver >/dev/null \
+	|| { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; } \
+	|| echo "no Chromium: the tests of the HTML report are skipped; apt-get install -y chromium chromium-driver"

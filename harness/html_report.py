@@ -308,8 +308,8 @@ def _reading_section(rows: Sequence[ResultRow], used: Sequence[str]) -> str:
     lines = [
         "<p>A number is the unweighted mean over the categories of a dataset, then over the seeds. A hole stands where "
         "a row behind the number is missing or not ok; n/a where the metric does not exist. The best of each column "
-        "is bold and underlined. The threshold of a cell starts where F1 on these test images is best: it helps to look "
-        "at mistakes and is no result.</p><dl>",
+        "is bold and underlined. The threshold of a cell starts where F1 on these test images is best: it helps to "
+        "look at mistakes and is no result.</p><dl>",
         *(f"<dt>{METRICS[name].title}</dt><dd>{escape(METRICS[name].definition)}</dd>" for name in used),
         *(
             f"<dt>Protocol {escape(name)}</dt><dd>{escape(describe_protocol(fields))}</dd>"

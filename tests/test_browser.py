@@ -52,7 +52,7 @@ def make_page():
         for seed in (0, 1)
     ]
     pictures = [
-        {"name": f"{label}/{place}.png", "label": label, "defect": "dent" if label else "good", "score": 9.0 - place,
+        {"name": f"{label}/{place}.png", "label": label, "defect": "dent" if label else "good", "score": 2.0 - place,
          "id": f"{label}{place}", "photo": webp((40 * place, 99, 9)), "heat": webp((255, 99, 9, 120), "RGBA"),
          **({"mask": webp((255, 255, 255, 50), "RGBA")} if label else {})}
         for label in (1, 0) for place in range(3)
@@ -88,7 +88,7 @@ def report(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, report):
-    """The page freshly opened in light colours; afterwards nothing may have been complained of or asked of a network."""
+    """The page freshly opened; afterwards nothing may have been complained of, and nothing asked of a network."""
     browser.get("about:blank")
     browser.get(report[1])
     browser.execute_script("try { localStorage.clear() } catch { }")
@@ -156,7 +156,7 @@ def heads_text(page):
 
 def test_another_metric_and_hidden_intervals_change_the_matrix(page):
     before = one(page, "#matrix").text
-    click(page, one(page, "#controls input[value='image_ap'] + span"))
+    click(page, one(page, "#controls label:has(input[value='image_ap'])"))
     assert "Image AP in percent" in one(page, "#matrix caption").text
     assert one(page, "#matrix").text != before
     click(page, one(page, "#controls input[type='checkbox']"))
@@ -283,7 +283,8 @@ def test_everything_that_can_be_pressed_has_a_name_and_every_table_a_caption(pag
         page.execute_script("return document.querySelectorAll('table:not(.confusion):not(:has(caption))').length") == 0
     )
     doubled = page.execute_script(
-        "const ids = [...document.querySelectorAll('[id]')].map(e => e.id); return ids.filter((id, n) => ids.indexOf(id) != n)"
+        "const ids = [...document.querySelectorAll('[id]')].map(e => e.id);"
+        "return ids.filter((id, place) => ids.indexOf(id) != place)"
     )
     assert doubled == []
     assert page.execute_script("return [...document.images].filter(i => !i.hasAttribute('alt')).length") == 0
