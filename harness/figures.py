@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -95,7 +95,14 @@ class Canvas:
     def save(self, target: str | Path | BinaryIO, dpi: float) -> None:
         if isinstance(target, (str, Path)):
             Path(target).parent.mkdir(parents=True, exist_ok=True)
-        self.agg.print_figure(target, dpi=min(dpi, _MAX_SIDE_PX / max(self.width, self.height)))
+        kind = Path(target).suffix if isinstance(target, (str, Path)) else ".png"
+        # Text stays text in an SVG, and the same figure gives the same file on another day.
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "adgrid"}):
+            self.agg.print_figure(
+                target,
+                dpi=min(dpi, _MAX_SIDE_PX / max(self.width, self.height)),
+                metadata={".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(kind),
+            )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -118,7 +125,7 @@ def _wrap(texts: Iterable[str], size: float, width: float) -> list[str]:
 # --- matrices --------------------------------------------------------------------------------------------------
 
 
-def draw_matrix(matrix: Matrix, target: str | Path | BinaryIO, dpi: float = 160) -> None:
+def draw_matrix(matrix: Matrix, *targets: str | Path | BinaryIO, dpi: float = 160) -> None:
     """Draws a matrix as a heat map whose size follows its rows and columns.
 
     Values stand in the cells in percent, the best of each column underlined and bold. Holes are hatched, with their
@@ -126,7 +133,7 @@ def draw_matrix(matrix: Matrix, target: str | Path | BinaryIO, dpi: float = 160)
 
     Args:
         matrix: what to draw.
-        target: file name whose ending chooses the format (png, pdf, svg, jpg, webp), or a binary stream for PNG.
+        targets: file names whose endings choose the format (png, pdf, svg, jpg, webp), or binary streams for PNG.
         dpi: dots per inch of pixel formats; lowered where a side would pass 30,000 pixels.
     """
     labels, cells = 9.0, 9.5
@@ -184,7 +191,8 @@ def draw_matrix(matrix: Matrix, target: str | Path | BinaryIO, dpi: float = 160)
         _draw_scale(canvas, left + grid_width + 0.22, top, min(grid_height, 2.6), bounds)
     for number, text in enumerate(notes):
         canvas.text(_MARGIN, top + grid_height + 0.25 + 0.16 * number, text, 7.5, colour=GREY)
-    canvas.save(target, dpi)
+    for target in targets:
+        canvas.save(target, dpi)
 
 
 def _cell_lines(cell: MatrixCell) -> list[str]:

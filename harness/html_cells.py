@@ -130,40 +130,51 @@ def _hand_out(
     return photos
 
 
-def mean_interval(rows: Sequence[ResultRow], scores: Mapping[str, ImageScores]) -> tuple[float, float] | None:
-    """The 95 % interval of a mean image AUROC over test images (DeLong) and, where there are several, seeds.
+class Intervals:
+    """95 % intervals of mean image AUROCs over test images (DeLong) and, where there are several, seeds."""
 
-    Args:
-        rows: of one line of a matrix on one dataset, all finished: every category with every seed.
-        scores: by cell id.
+    def __init__(self, scores: Mapping[str, ImageScores]) -> None:
+        """Args: scores, by cell id."""
+        self._scores = scores
+        self._known: dict[tuple[str, ...], Estimate] = {}
 
-    Returns:
-        Its ends in [0, 1]; None where scores are missing or some category shows no variance.
-    """
-    categories: dict[str, list[ResultRow]] = {}
-    for row in rows:
-        categories.setdefault(row.category, []).append(row)
-    parts = []
-    for members in categories.values():
-        found = [scores.get(row.cell_id) for row in members]
-        first = found[0]
-        if first is None:
-            return None
-        aligned = [None if one is None else one.reorder(first.images) for one in found]
-        known = [one for one in aligned if one is not None and (one.label == first.label).all()]
-        if len(known) < len(members):
-            return None
-        weights = np.full(len(known), 1 / (len(known) * len(categories)))
-        parts.append(delong(np.stack([one.score for one in known]), first.label, weights))
-    if any(part.variance is None for part in parts):
-        return None
-    per_seed: dict[int, list[float]] = {}
-    for row in rows:
-        per_seed.setdefault(row.seed, []).append(row.metrics["image_auroc"])
-    value = float(np.mean([np.mean(values) for values in per_seed.values()]))
-    over_images = add_variances(value, parts)
-    total: Estimate = add_variances(
-        value, [over_images, mean_over_seeds([float(np.mean(v)) for v in per_seed.values()])]
-    )
-    ends = total.interval(0.95)
-    return None if ends is None else (max(ends[0], 0.0), min(ends[1], 1.0))
+    def of(self, rows: Sequence[ResultRow]) -> tuple[float, float] | None:
+        """The interval of a mean over categories, then seeds.
+
+        Args:
+            rows: of one line of a matrix on one dataset, all finished: every category with every seed.
+
+        Returns:
+            Its ends in [0, 1]; None where scores are missing or some category shows no variance.
+        """
+        categories: dict[str, list[ResultRow]] = {}
+        per_seed: dict[int, list[float]] = {}
+        for row in rows:
+            categories.setdefault(row.category, []).append(row)
+            per_seed.setdefault(row.seed, []).append(row.metrics["image_auroc"])
+        parts = []
+        for members in categories.values():
+            part = self._over_images(members)
+            if part.variance is None:
+                return None
+            parts.append(Estimate(part.value, part.variance / len(categories) ** 2, part.dof))
+        means = [float(np.mean(values)) for values in per_seed.values()]
+        value = float(np.mean(means))
+        ends = add_variances(value, [add_variances(value, parts), mean_over_seeds(means)]).interval(0.95)
+        return None if ends is None else (max(ends[0], 0.0), min(ends[1], 1.0))
+
+    def _over_images(self, rows: Sequence[ResultRow]) -> Estimate:
+        """The mean over seeds on the images of one category; they are drawn for all seeds at once."""
+        key = tuple(row.cell_id for row in rows)
+        if key not in self._known:
+            found = [self._scores.get(cell_id) for cell_id in key]
+            first = found[0]
+            aligned = [None if one is None or first is None else one.reorder(first.images) for one in found]
+            known = [
+                one for one in aligned if one is not None and first is not None and (one.label == first.label).all()
+            ]
+            self._known[key] = Estimate(0.0)
+            if first is not None and len(known) == len(rows):
+                stacked = np.stack([one.score for one in known])
+                self._known[key] = delong(stacked, first.label, np.full(len(known), 1 / len(known)))
+        return self._known[key]

@@ -19,7 +19,7 @@ from typing import Any
 from harness import __version__
 from harness.bundle import ImageScores
 from harness.contracts import ResultRow
-from harness.html_cells import describe_cells, mean_interval
+from harness.html_cells import Intervals, describe_cells
 from harness.matrices import Matrix, MatrixCell, MatrixRow, Variant
 from harness.metrics import METRICS
 from harness.registry import dataset_layouts, load_dataset_class
@@ -88,6 +88,8 @@ def render_page(
     for cell, (row, variant) in zip(cells, finished, strict=True):
         cell |= {"dataset": row.dataset, "variant": numbers[variant], "protocol": protocols.index(row.protocol_id)}
 
+    intervals = Intervals(scores)
+
     def interval(matrix: Matrix, line: MatrixRow, column: str) -> tuple[float, float] | None:
         is_number = line.cells[matrix.columns.index(column)].value is not None
         if matrix.metric != "image_auroc" or line.variant is None or not is_number:
@@ -96,7 +98,7 @@ def render_page(
         found = members.get((matrix.protocol_id, line.variant, dataset), [])
         if matrix.dataset is not None and column != "mean":
             found = [row for row in found if row.category == column]
-        return mean_interval(found, scores)
+        return intervals.of(found)
 
     used = [name for name in METRICS if any(matrix.metric == name for matrix in matrices)]
     data = {

@@ -258,7 +258,7 @@ def write_report(
 
         report.md                                everything a reader needs, with the pictures
         rows.csv                                 one line per cell
-        matrices/<metric>.{csv,json,md,tex,png}  datasets as columns; the protocol id is added where there are several
+        matrices/<metric>.{csv,json,md,tex,png,pdf,svg}  datasets as columns; with the protocol id if there are several
         categories/<dataset>/<metric>.{csv,md,tex}
 
     Tables and pictures of an earlier report in the same folder that no longer belong to it are removed.
@@ -283,9 +283,9 @@ def write_report(
     for matrix in matrices:
         stem = target / "matrices" / _stem(matrix, several)
         files += _write_tables(stem, matrix, (".csv", ".json", ".md", ".tex"))
-        picture = stem.with_name(f"{stem.name}.png")
-        draw_matrix(matrix, picture)
-        files.append(picture)
+        pictures = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf", "svg")]
+        draw_matrix(matrix, *pictures)
+        files += pictures
     per_dataset: dict[str, list[Matrix]] = {}
     for dataset in dict.fromkeys(frame["dataset"]):
         if len({row.category for row in listed if row.dataset == dataset}) > 1:
@@ -331,7 +331,7 @@ def _file_name(name: str) -> str:
 def _remove_stale(folder: Path, written: set[Path]) -> None:
     for part in ("matrices", "categories"):
         for path in (folder / part).rglob("*"):
-            if path.suffix in (".csv", ".json", ".md", ".tex", ".png") and path not in written:
+            if path.suffix in (".csv", ".json", ".md", ".tex", ".png", ".pdf", ".svg") and path not in written:
                 path.unlink()
 
 
@@ -359,7 +359,8 @@ def _matrix_sections(matrices: Sequence[Matrix], several: bool) -> list[str]:
         stem = f"matrices/{_stem(matrix, several)}"
         heading = f"## {matrix.title}" + (f", protocol {matrix.protocol_id}" if several else "")
         files = " · ".join(
-            f"[{name}]({stem}.{kind})" for name, kind in (("CSV", "csv"), ("JSON", "json"), ("LaTeX", "tex"))
+            f"[{name}]({stem}.{kind})"
+            for name, kind in (("CSV", "csv"), ("JSON", "json"), ("LaTeX", "tex"), ("PDF", "pdf"), ("SVG", "svg"))
         )
         lines += ["", heading, "", f"![{matrix.title}]({stem}.png)", "", matrix_markdown(matrix), files]
     if not matrices:

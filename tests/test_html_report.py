@@ -15,7 +15,7 @@ from toy_rows import toy_row
 
 from harness.bundle import ImageScores
 from harness.details import load_details, pick_mistakes, remake_details
-from harness.html_cells import count_scores, describe_cells, draw_roc, mean_interval
+from harness.html_cells import Intervals, count_scores, describe_cells, draw_roc
 from harness.html_report import render_page
 from harness.intervals import delong
 from harness.metrics import image_metrics
@@ -81,25 +81,25 @@ def test_the_interval_of_one_cell_is_that_of_delong(scored):
     row = scored(1.0)
     scores = scored.scores[row.cell_id]
     expected = delong(scores.score[None], scores.label, np.ones(1)).interval()
-    assert mean_interval([row], scored.scores) == pytest.approx(expected)
+    assert Intervals(scored.scores).of([row]) == pytest.approx(expected)
 
 
 def test_a_mean_of_categories_is_known_better_and_seeds_add_their_spread(scored):
     rows = [scored(1.0, category=name) for name in "abcd"]
-    low, high = mean_interval(rows, scored.scores)
-    one_low, one_high = mean_interval(rows[:1], scored.scores)
+    low, high = Intervals(scored.scores).of(rows)
+    one_low, one_high = Intervals(scored.scores).of(rows[:1])
     assert high - low < 0.7 * (one_high - one_low)
     seeds = [scored(1.0, category="a", seed=seed) for seed in range(3)]
-    found = mean_interval(seeds, scored.scores)
+    found = Intervals(scored.scores).of(seeds)
     middle = np.mean([row.metrics["image_auroc"] for row in seeds])
     assert sum(found) / 2 == pytest.approx(middle)
 
 
 def test_without_scores_or_variance_there_is_no_interval(scored):
     row = scored(1.0)
-    assert mean_interval([row], {}) is None
+    assert Intervals({}).of([row]) is None
     perfect = scored(50.0)
-    assert mean_interval([perfect], scored.scores) is None
+    assert Intervals(scored.scores).of([perfect]) is None
 
 
 # --- the budget of pictures ---

@@ -9,6 +9,7 @@ from toy_rows import toy_row
 from harness.contracts import AdgridError
 from harness.metrics import METRICS
 from harness.report import build_matrices, rows_frame, write_report
+from harness.tables import cell_colour
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_a_report_is_complete(rows, tmp_path):
         + [
             f"matrices/{m}.{kind}"
             for m in ("image_auroc", "pixel_auroc")
-            for kind in ("csv", "json", "md", "png", "tex")
+            for kind in ("csv", "json", "md", "pdf", "png", "svg", "tex")
         ]
         + [f"categories/parts/{m}.{kind}" for m in ("image_auroc", "pixel_auroc") for kind in ("csv", "md", "tex")]
     )
@@ -142,7 +143,7 @@ def test_the_report_shows_and_explains_everything(rows, tmp_path):
 def test_every_link_of_a_report_leads_to_a_file(rows, tmp_path):
     text = write(tmp_path, rows)[0].read_text()
     links = re.findall(r"\]\(([^)]+)\)", text)
-    assert len(links) == 2 * 4
+    assert len(links) == 2 * 6
     assert all((tmp_path / link).is_file() for link in links)
 
 
@@ -208,3 +209,17 @@ def test_a_thousand_rows_are_matrices_in_a_blink():
     matrices = build_matrices(rows_frame(rows))
     assert time.process_time() - start < 1.5
     assert [len(matrix.rows) for matrix in matrices] == [25, 25]
+
+
+def test_figures_for_papers_have_the_same_colours_and_hold_text(rows, tmp_path):
+    files = {path.name: path for path in write(tmp_path / "report", rows)}
+    (matrix,) = build_matrices(rows_frame(rows), ["image_auroc"])
+    svg = files["image_auroc.svg"].read_text(encoding="utf-8")
+    for number in matrix.numbers:
+        red, green, blue = cell_colour(number, matrix.colour_range())
+        assert f"#{red:02x}{green:02x}{blue:02x}" in svg
+        assert f">{100 * number:.1f}</text>" in svg
+    assert files["image_auroc.pdf"].read_bytes()[:5] == b"%PDF-"
+    before = {name: path.read_bytes() for name, path in files.items() if name.endswith((".pdf", ".svg", ".png"))}
+    write(tmp_path / "report", rows)
+    assert {name: files[name].read_bytes() for name in before} == before
