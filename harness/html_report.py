@@ -96,6 +96,7 @@ def render_page(
             return None
         dataset = matrix.dataset or column
         found = members.get((matrix.protocol_id, line.variant, dataset), [])
+        found = [row for row in found if row.status == "ok"]  # a failed one beside a finished one does not count
         if matrix.dataset is not None and column != "mean":
             found = [row for row in found if row.category == column]
         return intervals.of(found)
