@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="remake tables and pictures of a run")
     report.add_argument("run", help="id of a run, or its folder")
     report.add_argument("--no-pictures", dest="pictures", action="store_false", help="draw no pictures per cell")
+    report.add_argument("--papers", action="store_true", help="pictures of matrices as PDF and SVG too")
     report.add_argument("--html", action="store_true", help="print where report.html is, and no tables")
     _add_places(report)
     report.set_defaults(handle=_report)

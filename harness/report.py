@@ -253,12 +253,13 @@ def write_report(
     expected_cells: int | None = None,
     contact_sheets: Mapping[str, str] | None = None,
     further_sections: Sequence[str] = (),
+    also_figures: Sequence[str] = (),
 ) -> list[Path]:
     """Writes tables and pictures of some rows.
 
         report.md                                everything a reader needs, with the pictures
         rows.csv                                 one line per cell
-        matrices/<metric>.{csv,json,md,tex,png,pdf,svg}  datasets as columns; with the protocol id if there are several
+        matrices/<metric>.{csv,json,md,tex,png}  datasets as columns; with the protocol id if there are several
         categories/<dataset>/<metric>.{csv,md,tex}
 
     Tables and pictures of an earlier report in the same folder that no longer belong to it are removed.
@@ -271,6 +272,7 @@ def write_report(
         expected_cells: number of cells planned; the report says so when rows are missing.
         contact_sheets: cell id -> path or address of its contact sheet, as seen from `folder`.
         further_sections: lines of Markdown that stand after the tables.
+        also_figures: `pdf` and `svg`, formats of the pictures of matrices besides PNG.
 
     Returns:
         The files written, `report.md` first.
@@ -283,7 +285,7 @@ def write_report(
     for matrix in matrices:
         stem = target / "matrices" / _stem(matrix, several)
         files += _write_tables(stem, matrix, (".csv", ".json", ".md", ".tex"))
-        pictures = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf", "svg")]
+        pictures = [stem.with_name(f"{stem.name}.{kind}") for kind in dict.fromkeys(("png", *also_figures))]
         draw_matrix(matrix, *pictures)
         files += pictures
     per_dataset: dict[str, list[Matrix]] = {}
@@ -295,7 +297,7 @@ def write_report(
                 files += _write_tables(stem, matrix, (".csv", ".md", ".tex"))
     sections = [
         *_headline(title, command, listed, expected_cells),
-        *_matrix_sections(matrices, several),
+        *_matrix_sections(matrices, several, also_figures),
         *_category_section(per_dataset),
         *further_sections,
         *_sheet_section(listed, contact_sheets or {}),
@@ -353,14 +355,19 @@ def _headline(title: str, command: str, rows: Sequence[ResultRow], expected: int
     return lines
 
 
-def _matrix_sections(matrices: Sequence[Matrix], several: bool) -> list[str]:
+def _matrix_sections(matrices: Sequence[Matrix], several: bool, also_figures: Sequence[str]) -> list[str]:
     lines = []
     for matrix in matrices:
         stem = f"matrices/{_stem(matrix, several)}"
         heading = f"## {matrix.title}" + (f", protocol {matrix.protocol_id}" if several else "")
         files = " · ".join(
             f"[{name}]({stem}.{kind})"
-            for name, kind in (("CSV", "csv"), ("JSON", "json"), ("LaTeX", "tex"), ("PDF", "pdf"), ("SVG", "svg"))
+            for name, kind in (
+                ("CSV", "csv"),
+                ("JSON", "json"),
+                ("LaTeX", "tex"),
+                *((k.upper(), k) for k in also_figures),
+            )
         )
         lines += ["", heading, "", f"![{matrix.title}]({stem}.png)", "", matrix_markdown(matrix), files]
     if not matrices:

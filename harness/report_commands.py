@@ -25,7 +25,7 @@ def remake(parsed: Namespace, console: Console) -> int:
         if parsed.pictures:
             places = RunOptions(data_root=parsed.data_root, cache_dir=parsed.cache_dir).places
             notes += remake_details(store, record.rows, places.cache_dir)
-        files = remake_report(store, record)
+        files = remake_report(store, record, ("pdf", "svg") if parsed.papers else ())
     page = f"{store.root}/runs/{record.run_id}/report/report.html"
     if parsed.html:
         for note in notes:

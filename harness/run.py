@@ -221,7 +221,7 @@ class _Crew(ExitStack):
         return self._nodes if self._options.address is None else None
 
 
-def remake_report(store: Store, record: RunRecord) -> list[Path]:
+def remake_report(store: Store, record: RunRecord, also_figures: Sequence[str] = ()) -> list[Path]:
     """Writes tables and pictures of a run into its folder and returns them as local files."""
     run_id, rows = record.run_id, record.rows
     # As seen from the report's folder, whether on a file system or under a URI.
@@ -240,6 +240,7 @@ def remake_report(store: Store, record: RunRecord) -> list[Path]:
         expected_cells=record.num_expected,
         contact_sheets=sheets,
         further_sections=sections,
+        also_figures=also_figures,
     )
     files += study_files
     files += write_bundle(store, record.run_id, rows, temporary)
