@@ -7,13 +7,15 @@ samples of its own study alone, and tells them on a new start what was found bef
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.tune.trainable.function_trainable import FunctionTrainable, wrap_function
 
 from harness.contracts import ResultRow, RowStatus, RunSettings
 from harness.placement import Amounts, max_in_flight
@@ -32,6 +34,9 @@ from harness.sweep import (
 )
 from harness.trial import most_failures
 from harness.watch import Watch
+
+WIND_UP_SECONDS = 300
+"""How long a sample that was stopped may take to let its workers go."""
 
 
 def run_studies(
@@ -77,7 +82,7 @@ def _run_alike(
     with tempfile.TemporaryDirectory(prefix="adgrid-tune-") as folder:
         tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(_run_sample, settings=settings),
+                _wound_up(tune.with_parameters(_run_sample, settings=settings)),
                 lambda config: tune.PlacementGroupFactory([trial_bundle(config["sample"].trial.resources)]),
             ),
             tune_config=tune.TuneConfig(
@@ -139,6 +144,29 @@ def _run_sample(config: dict[str, Any], settings: RunSettings) -> None:
 
     execute_job(trial, settings, report, watch)
     tune.report({"ended": True})
+
+
+def _wound_up(function: Callable[[dict[str, Any]], None]) -> type[FunctionTrainable]:
+    """A function for Tune whose end is waited for when its sample is stopped early.
+
+    Tune would end the process at once. A group of workers would then keep its places, and be counted by Ray Train for
+    three more minutes, while the next sample waits for them.
+    """
+
+    class WoundUp(wrap_function(function)):  # type: ignore[misc]
+        def setup(self, config: dict[str, Any]) -> None:
+            self._running = threading.Lock()
+            super().setup(config)
+
+        def _trainable_func(self, config: dict[str, Any]) -> Any:
+            with self._running:
+                return super()._trainable_func(config)
+
+        def cleanup(self) -> None:
+            super().cleanup()  # tells the function to stop when it reports
+            self._running.acquire(timeout=WIND_UP_SECONDS)
+
+    return WoundUp
 
 
 # --- all of them in one Tune run -----------------------------------------------------------------------------------

@@ -36,6 +36,9 @@ def connect(address: str | None, num_cpus: int | None = None) -> Iterator[None]:
         num_cpus: processor cores of a Ray started here; None for all.
     """
     if ray.is_initialized():
+        here = ray.get_runtime_context().gcs_address
+        if address is not None and ":" in address and "//" not in address and address != here:
+            raise AdgridError(f"--address {address}: this process has joined the Ray at {here}; leave that one first")
         yield
         return
     # One OpenMP thread per worker spins away the other workers' time at barriers unless it is told to sleep.

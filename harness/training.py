@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import time
 from collections.abc import Generator
@@ -36,8 +37,9 @@ _train: Any = ray.train
 """Its annotations are those of its first version, whose options were others."""
 START_SECONDS = 600
 """How long a group waits for its places before that counts as a failure: time for an autoscaler to add nodes."""
-MAX_UNPLACED = 2
-"""How often in a row a group may fail to be placed before its trial fails, where Ray would try for ever."""
+PATIENCE_SECONDS = 1800
+"""How long a group may wait in vain, over all its starts, before its trial fails, where Ray would try for ever. After a
+lost node Ray goes on asking for the places that were there until it looks at the cluster anew, every 20 seconds."""
 
 
 def run_with_workers(
@@ -61,7 +63,7 @@ def run_with_workers(
     Raises:
         ray.train.TrainingFailedError: the group failed more often than its cells may be tried.
     """
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
+    start_seconds = float(os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS)))
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # On this node: what ends with this process is no use to others, and what it outlives cannot take it along.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -83,7 +85,8 @@ def run_with_workers(
             name=name,
             storage_path=f"{settings.root}/ray_train",
             failure_config=_train.FailureConfig(
-                max_failures=most_failures(trial), controller_failure_limit=MAX_UNPLACED
+                max_failures=most_failures(trial),
+                controller_failure_limit=math.ceil(PATIENCE_SECONDS / start_seconds),
             ),
             logging_config=_train.LoggingConfig(log_level="ERROR"),
         ),

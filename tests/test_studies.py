@@ -1,4 +1,4 @@
-"""Sweeps through Ray Tune: stopped trials, tuned rows, killed drivers, workers and nodes."""
+"""Sweeps through Ray Tune: stopped trials, tuned rows, killed drivers and workers."""
 
 import os
 import signal
@@ -6,11 +6,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from ray.cluster_utils import Cluster
 from runs import SPACE, SmallRun, quiet_console
+from small_studies import SWEEP, check_mirror, wait_for, write
 
 from harness.run import execute
 from harness.run_folder import read_run
@@ -18,9 +17,6 @@ from harness.study import Ledger
 from harness.sweep import connect
 
 pytestmark = pytest.mark.ray
-SWEEP = SPACE.replace("[toy_features]", "[{name: toy_spoiled, params: {spoil: SPOIL, MORE}}]") + (
-    "search: {num_samples: 5, tune_on: {toy_squares: [large, middle]}, HOW}\n"
-)
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +29,6 @@ def local_ray():
 @pytest.fixture
 def run(tmp_path, places):
     return SmallRun(tmp_path, places)
-
-
-def write(tmp_path, text, **values):
-    for name, value in {"SPOIL": "{uniform: [0, 1]}", "MORE": "seconds: 0.0", "HOW": "seed: 0", **values}.items():
-        text = text.replace(name, value)
-    path = tmp_path / "space.yaml"
-    path.write_text(text)
-    return str(path)
 
 
 def results_of(outcome):
@@ -80,7 +68,7 @@ def test_asha_stops_the_worse_trial_and_the_best_is_reported_elsewhere(run, tmp_
     names = {path.name for path in (report / "studies" / "toy_spoiled-toy_resnet-toy_squares").iterdir()}
     assert names == {"trials.csv", "best.yaml", "parallel_coordinates.png"}
     assert "## Studies" in (report / "report.md").read_text()
-    check_mirror(f"sqlite:///{tmp_path}/mlflow.db", outcome)
+    check_mirror(f"sqlite:///{tmp_path}/mlflow.db", outcome, 1.0, num_samples=5)
     # A second start computes nothing and says the same.
     again = execute(space, run.options(), quiet_console(), "test")
     assert again.num_computed == 0
@@ -88,29 +76,6 @@ def test_asha_stops_the_worse_trial_and_the_best_is_reported_elsewhere(run, tmp_
     assert {spoil: result.status for spoil, result in results_of(again).items()} == {
         spoil: result.status for spoil, result in results.items()
     }
-
-
-def check_mirror(uri, outcome):
-    """The sweep in MLflow: a child per sample, one for the best, the files and the best score on the parent."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("adgrid")
-    found = client.search_runs([experiment.experiment_id])
-    (parent,) = [one for one in found if "mlflow.parentRunId" not in one.data.tags]
-    samples = [one for one in found if "adgrid.study" in one.data.tags]
-    (tuned,) = [one for one in found if one not in samples and one is not parent]
-    assert len(samples) == 5
-    assert {one.data.tags["status"] for one in samples} == {"ok", "stopped"}
-    assert tuned.info.run_name.endswith("tuned")
-    assert "tuned on toy_squares/large" in tuned.data.tags["stamps"]
-    assert (parent.info.status, parent.data.metrics["cells_ok"]) == ("FINISHED", 1)
-    assert parent.data.metrics["tuned/toy_spoiled-toy_resnet-toy_squares/image_auroc"] == 1.0
-    folder = "studies/toy_spoiled-toy_resnet-toy_squares"
-    assert {item.path for item in client.list_artifacts(parent.info.run_id, folder)} == {
-        f"{folder}/{name}" for name in ("trials.csv", "best.yaml", "parallel_coordinates.png")
-    }
-    assert tuned.data.metrics["image_auroc"] == outcome.rows[0].metrics["image_auroc"]
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -161,13 +126,6 @@ def test_a_worker_that_is_killed_in_a_sample_costs_that_sample_nothing(run, tmp_
     assert note.read_text().count("fit") == 3
 
 
-def wait_for(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 @pytest.mark.slow
 def test_a_killed_driver_goes_on_where_it_was(run, tmp_path):
     note = tmp_path / "fits"
@@ -202,31 +160,3 @@ def test_a_killed_driver_goes_on_where_it_was(run, tmp_path):
         outcome.rows[0].params["spoil"] == max(results.values(), key=lambda result: result.score or 0).params["spoil"]
     )
     assert run.plan(space_text).studies[0].study_id == study.study_id
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_groups_of_workers_are_swept_although_a_node_is_lost(run, tmp_path):
-    text = SWEEP.replace("toy_spoiled", "toy_spoiled_tuned") + "resources: {cpu: 1, workers: 2, min_workers: 1}\n"
-    text = text.replace("num_samples: 5", "num_samples: 4")
-    how = "scheduler: {name: asha, grace_period: 1}, seed: 4"
-    space = write(tmp_path, text, SPOIL="{choice: [0.0, 0.6, 0.8, 1.0]}", MORE="epochs: 2", HOW=how)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1)
-
-    def remove_node():
-        wait_for(lambda: any(row.costs.get("workers") == 2 for row in run.store.load_rows().values()), 200)
-        cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
-
-    with connect(cluster.address), ThreadPoolExecutor(1) as pool:
-        removal = pool.submit(remove_node)
-        outcome = execute(space, run.options(), quiet_console(), "test")
-        removal.result()
-    cluster.shutdown()
-    results = results_of(outcome)
-    assert len(results) == 4
-    assert {result.status for result in results.values()} == {"finished", "stopped"}
-    assert results[0.0].status == "finished"
-    (row,) = outcome.rows
-    assert (row.status, row.params["spoil"], row.costs["workers"]) == ("ok", 0.0, 1)
