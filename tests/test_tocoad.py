@@ -68,7 +68,7 @@ class Images:
     def __init__(self, num, seed=0):
         generator = torch.Generator().manual_seed(seed)
         ramp = torch.linspace(0.3, 0.5, SIZE[1])
-        self.pixels = ramp + 0.05 * torch.rand(num, 3, *SIZE, generator=generator)
+        self.pixels = (ramp + 0.05 * torch.rand(num, 1, *SIZE, generator=generator)).repeat(1, 3, 1, 1)
         self.samples = tuple(key(f"{seed}-{i}") for i in range(num))
 
     def __len__(self):
@@ -352,6 +352,19 @@ def test_the_anomaly_lies_in_the_second_view():
     assert all(0 <= view.min() <= view.max() <= 1 for view in (first, second, anomalous))
 
 
+@pytest.mark.parametrize("match_colour", [True, False])
+def test_textures_have_no_colour_where_the_image_has_none(match_colour):
+    changes = {"match_colour": match_colour, "anomaly_probability": 1.0, "view_noise": 0.0}
+    painter = Painter(dataclasses.replace(SMALL, **changes), context())
+    grey, coloured = (randn(channels, *SIZE).sigmoid().expand(3, *SIZE) for channels in (1, 3))
+    drawn = [(painter.draw(image, key(i), 0)[0], image) for image in (grey, coloured) for i in range(8)]
+    drawn += [(painter.draw_views(image, key(i), 0, True)[2], image) for image in (grey, coloured) for i in range(8)]
+    for image in (grey, coloured):
+        changed = [painted for painted, original in drawn if original is image and not torch.equal(painted, original)]
+        assert len(changed) > 4
+        assert any(painted.std(dim=0).max() > 0.05 for painted in changed) == (image is coloured or not match_colour)
+
+
 def test_views_without_jitter_and_noise_are_the_image():
     painter = Painter(dataclasses.replace(SMALL, view_jitter=0.0, view_noise=0.0), context())
     image = Images(1).pixels[0]
@@ -589,6 +602,7 @@ def test_a_collapse_is_told_once_for_each_spread():
 OTHER_GUIDES = {
     "generator": "cutpaste",
     "largest_beta": 0.1,
+    "match_colour": False,
     "anomaly_probability": 1.0,
     "decoder_width": 2.0,
     "decoder_blocks": 2,

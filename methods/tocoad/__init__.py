@@ -51,7 +51,7 @@ from methods.tocoad.discriminative import DiscriminativeNetwork, DiscriminativeS
 from methods.tocoad.norms import share_batch_norms
 from methods.tocoad.settings import Config, choose_levels
 
-METHOD_VERSION = 1
+METHOD_VERSION = 2
 
 _Config = Config  # inside the class below, `Config` is its attribute
 

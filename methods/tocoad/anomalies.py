@@ -36,7 +36,7 @@ class Painter:
         generator = image_generator(self.context, "synthetic anomaly", sample, epoch)
         if draw_uniform(generator, 0, 1) >= self.config.anomaly_probability:
             return image, torch.zeros(image.shape[1:], dtype=torch.bool, device=image.device)
-        return self.paint(image, generator)
+        return self.paint(image, generator, is_grey(image))
 
     def draw_views(self, image: Tensor, sample: SampleKey, epoch: int, anomalous: bool) -> tuple[Tensor, ...]:
         """A training example of stage II: two views of a normal image, and if wanted the second with an anomaly.
@@ -54,10 +54,13 @@ class Painter:
         """
         generator = image_generator(self.context, "views", sample, epoch)
         first, second = self._view(image, generator), self._view(image, generator)
-        return (first, second, self.paint(second, generator)[0]) if anomalous else (first, second)
+        return (first, second, self.paint(second, generator, is_grey(image))[0]) if anomalous else (first, second)
 
-    def paint(self, image: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(3, H, W) image with an anomaly of the configured kind, and its (H, W) bool mask, which may be empty."""
+    def paint(self, image: Tensor, generator: torch.Generator, grey: bool = False) -> tuple[Tensor, Tensor]:
+        """(3, H, W) image with an anomaly of the configured kind, and its (H, W) bool mask, which may be empty.
+
+        Args: the image; its draws; whether it is of a camera without colour.
+        """
         size = image.shape[1], image.shape[2]
         if self.config.generator == "cutpaste":
             rectangle = draw_uniform(generator, 0, 1) < 0.5
@@ -70,9 +73,16 @@ class Painter:
             return seamless_patch(image, source[0].to(image.device), generator)
         mask = perlin_mask(size, generator, device=image.device)
         texture = augment_texture(self.textures.texture(size, generator).to(image.device), generator)
+        if grey and self.config.match_colour:
+            texture = texture.mean(dim=0, keepdim=True).expand_as(texture)
         return blend_texture(image, texture, mask, draw_uniform(generator, 0, self.config.largest_beta)), mask
 
     def _view(self, image: Tensor, generator: torch.Generator) -> Tensor:
         jittered = jitter_colour(image, generator, self.config.view_jitter)
         noise = torch.randn(image.shape, generator=generator).to(image.device)
         return (jittered + self.config.view_noise * noise).clamp(0, 1)
+
+
+def is_grey(image: Tensor) -> bool:
+    """Whether no pixel of a (3, H, W) image in [0, 1] has a colour."""
+    return bool((image.amax(dim=0) - image.amin(dim=0)).max() <= 1 / 255)

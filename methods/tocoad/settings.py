@@ -26,6 +26,9 @@ class Config(BankSettings):
     """Folder of texture images, such as DTD's, for `perlin`; None for generated ones, which need no data."""
     largest_beta: float = 0.8
     """The image shows through a texture with a share drawn from [0, largest_beta), in [0, 1]; DRAEM's."""
+    match_colour: bool = True
+    """Whether textures lose their colour on images that have none, those of grey-level cameras. Otherwise colour alone
+    tells anomalies there, and defects without colour go unseen."""
 
     # Stage I: the discriminative network.
     anomaly_probability: float = 0.5
@@ -152,6 +155,7 @@ GUIDE_FIELDS = (
     "generator",
     "textures",
     "largest_beta",
+    "match_colour",
     "anomaly_probability",
     "decoder_width",
     "decoder_blocks",
