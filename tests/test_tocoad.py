@@ -268,7 +268,7 @@ def test_stage_one_trains_the_decoder_alone():
     torch.testing.assert_close(loss, stage.loss(logits, masks).mean().detach(), rtol=1e-4, atol=1e-6)
 
 
-def paint_square(image, generator):
+def paint_square(image, generator, grey=False):
     """A white square, easier to learn than textures."""
     top, left = torch.randint(3, (2,), generator=generator).tolist()
     mask = torch.zeros(SIZE, dtype=torch.bool)
