@@ -36,11 +36,11 @@ from harness.workers import Workers
 _train: Any = ray.train
 """Its annotations are those of its first version, whose options were others."""
 START_SECONDS = 60
-"""How long a group waits for all its places before it asks for as many as the cluster has by then: after a lost node Ray
-first goes on asking for those that were there."""
+"""How long a group waits for all its places before it asks for as many as the cluster has by then: after a lost node
+Ray first goes on asking for those that were there."""
 PATIENCE_SECONDS = 1800
-"""How long a group may wait in vain, over all its starts, before its trial fails, where Ray would try for ever: time for
-an autoscaler to add nodes."""
+"""How long a group may wait in vain, over all its starts, before its trial fails, where Ray would try for ever: time
+for an autoscaler to add nodes."""
 
 
 def run_with_workers(
