@@ -1,4 +1,4 @@
-"""The command line, `adgrid`: run, plan, report, rescore, compare, leaderboard, datasets, backbones, methods, ui.
+"""The command line, `adgrid`: run, plan, report, rescore, compare, leaderboard, mlflow, datasets, backbones, ...
 
 Exit codes: 0 all is well, 1 something failed (a row without a number, a broken layout), 2 bad input, 130 stopped.
 """
@@ -129,6 +129,14 @@ def _parser() -> argparse.ArgumentParser:
     board.add_argument("--tracking-uri", help="of MLflow (default: the SQLite file under --root)")
     _add_places(board)
     board.set_defaults(handle=_leaderboard)
+
+    mirror = commands.add_parser("mlflow", help="mirror runs to MLflow, after an outage or to a second server")
+    mirror.add_argument("action", choices=["sync"])
+    mirror.add_argument("runs", nargs="+", metavar="RUN", help="run id or run folder")
+    mirror.add_argument("--tracking-uri", help="MLflow tracking URI (default: the SQLite file under --root)")
+    mirror.add_argument("--experiment", default="adgrid", help="MLflow experiment (default: adgrid)")
+    _add_places(mirror)
+    mirror.set_defaults(handle=_mlflow)
 
     datasets = commands.add_parser(
         "datasets", help="list known datasets, show what one should hold, or check its files"
@@ -345,6 +353,12 @@ def _leaderboard(parsed: argparse.Namespace, console: Console, command: str) -> 
     return show_leaderboard(parsed, console)
 
 
+def _mlflow(parsed: argparse.Namespace, console: Console, command: str) -> int:
+    from harness.mlflow_commands import sync_runs
+
+    return sync_runs(parsed, console)
+
+
 def _datasets(parsed: argparse.Namespace, console: Console, command: str) -> int:
     from harness.contracts import DatasetRef
     from harness.dataset_check import check_dataset, describe_dataset, list_datasets
@@ -482,7 +496,7 @@ def _ui(parsed: argparse.Namespace, console: Console, command: str) -> int:
     from harness.tracker import default_tracking_uri
     from harness.tracking import ui_command
 
-    uri = default_tracking_uri(_options(parsed), Store(parsed.root))
+    uri = default_tracking_uri(parsed.tracking_uri, Store(parsed.root))
     if uri is None:
         raise AdgridError("ui: --root is no local folder; name the server with --tracking-uri")
     words = shlex.split(ui_command(uri))

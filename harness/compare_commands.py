@@ -99,7 +99,7 @@ def show_leaderboard(parsed: Namespace, console: Console) -> int:
     rows = keep_rows([row for source in sources for row in source.rows], conditions)
     boards = build_boards(newest_rows(rows), parsed.metric)
     for board in boards:
-        console.print(terminal_board(board))
+        console.print(terminal_board(board, console.width))
     if parsed.out:
         Path(parsed.out).write_text(boards_csv(boards), encoding="utf-8")
         console.print(f"written to {escape(parsed.out)}", soft_wrap=True)

@@ -10,8 +10,10 @@ import csv
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -22,7 +24,7 @@ from harness.matrices import Matrix, MatrixCell, MatrixRow
 from harness.metrics import METRICS
 from harness.registry import suggest
 from harness.report import build_matrices, rows_frame
-from harness.tables import describe_matrix, format_percent
+from harness.tables import cell_marks, describe_matrix, format_percent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,34 +125,59 @@ def _cells(board: Board, place: int) -> list[MatrixCell]:
     return cells if board.matrix.dataset is not None or len(cells) == 1 else [*cells, board.means[place]]
 
 
-def terminal_board(board: Board) -> Table:
-    """A board for a terminal, in percent."""
+def terminal_board(board: Board, width: int) -> Table:
+    """A board for a terminal of `width` letters, in percent; where it is narrow the spread over seeds is left out."""
     matrix = board.matrix
     subject = "" if matrix.dataset is None else f", {matrix.dataset}"
     table = Table(
         title=Text(f"{matrix.title} [%]{subject}", style="bold"),
         title_justify="left",
-        caption=Text("\n".join(describe_matrix(matrix)), style="dim"),
         caption_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
     header = _header(board)
     num_labels = 1 + len(matrix.header)
-    for number, name in enumerate(header):
-        table.add_column(Text(name), justify="left" if 0 < number < num_labels else "right", overflow="fold")
-    for place, line in enumerate(board.lines):
-        numbers = [
-            Text(_text(matrix, cell), style="" if cell.value is not None else "dim") for cell in _cells(board, place)
+    labels = [[str(place + 1), *line.labels] for place, line in enumerate(board.lines)]
+    numbers = [[_text(matrix, cell) for cell in _cells(board, place)] for place in range(len(labels))]
+    is_narrow = sum(_widths([header, *map(list.__add__, labels, numbers)])) + 3 * len(header) > width
+    if is_narrow:
+        numbers = [[re.sub(r" ± [\d.]+", "", text) for text in line] for line in numbers]
+    # Names are folded, numbers never cut.
+    widest = _widths(list(map(list.__add__, labels, numbers)))
+    least = [min(most, 12) if 0 < number < num_labels else most for number, most in enumerate(widest)]
+    shared = _share(width - 3 * len(header), least, _widths([header, *map(list.__add__, labels, numbers)]))
+    for number, (name, letters) in enumerate(zip(header, shared, strict=True)):
+        side: Literal["left", "right"] = "left" if 0 < number < num_labels else "right"
+        table.add_column(Text(name), justify=side, overflow="fold", width=letters)
+    for place, texts in enumerate(numbers):
+        cells = _cells(board, place)
+        shown = [
+            Text(text, style="" if cell.value is not None else "dim") for text, cell in zip(texts, cells, strict=True)
         ]
-        numbers[-1].stylize("bold")
-        table.add_row(str(place + 1), *(Text(label) for label in line.labels), *numbers)
+        shown[-1].stylize("bold")
+        table.add_row(*(Text(label) for label in labels[place]), *shown)
+    notes = [line for line in describe_matrix(matrix) if not (is_narrow and line.startswith("±"))]
+    table.caption = Text("\n".join(notes), style="dim")
     return table
 
 
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(text) for text in column) for column in zip(*lines, strict=True)]
+
+
+def _share(width: int, least: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """Widths of columns: what each needs at least, and from left to right what they want while there is room."""
+    spare, shared = width - sum(least), []
+    for need, want in zip(least, wanted, strict=True):
+        more = min(max(spare, 0), want - need)
+        spare -= more
+        shared.append(need + more)
+    return shared
+
+
 def _text(matrix: Matrix, cell: MatrixCell) -> str:
-    marks = [mark for stamp, mark in matrix.marks.items() if stamp in cell.stamps and cell.value is not None]
-    return format_percent(cell) + "".join(marks)
+    return format_percent(cell) + cell_marks(matrix, cell)
 
 
 def boards_csv(boards: Sequence[Board]) -> str:

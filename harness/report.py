@@ -16,6 +16,7 @@ import pandas as pd
 from harness.contracts import AdgridError, ResultRow
 from harness.figures import draw_matrix
 from harness.matrices import NO_BACKBONE, Matrix, Record, Variant, build_matrix, show_value
+from harness.matrix_page import matrix_html
 from harness.metrics import METRICS
 from harness.tables import (
     FailureGroup,
@@ -259,7 +260,8 @@ def write_report(
 
         report.md                                everything a reader needs, with the pictures
         rows.csv                                 one line per cell
-        matrices/<metric>.{csv,json,md,tex,png}  datasets as columns; with the protocol id if there are several
+        matrices/<metric>.{csv,json,...}         CSV, JSON, Markdown, LaTeX, HTML and PNG; datasets as columns; the
+                                                 protocol id is added where there are several
         categories/<dataset>/<metric>.{csv,md,tex}
 
     Tables and pictures of an earlier report in the same folder that no longer belong to it are removed.
@@ -284,7 +286,7 @@ def write_report(
     several = len({row.protocol_id for row in listed}) > 1
     for matrix in matrices:
         stem = target / "matrices" / _stem(matrix, several)
-        files += _write_tables(stem, matrix, (".csv", ".json", ".md", ".tex"))
+        files += _write_tables(stem, matrix, (".csv", ".json", ".md", ".tex", ".html"))
         pictures = [stem.with_name(f"{stem.name}.{kind}") for kind in dict.fromkeys(("png", *also_figures))]
         draw_matrix(matrix, *pictures)
         files += pictures
@@ -317,7 +319,9 @@ def _write(path: Path, text: str) -> Path:
 
 
 def _write_tables(stem: Path, matrix: Matrix, kinds: Sequence[str]) -> Iterator[Path]:
-    writers = {".csv": matrix_csv, ".json": matrix_json, ".md": matrix_markdown, ".tex": matrix_latex}
+    writers = {
+        ".csv": matrix_csv, ".json": matrix_json, ".md": matrix_markdown, ".tex": matrix_latex, ".html": matrix_html
+    }  # fmt: skip
     for kind in kinds:
         yield _write(stem.with_name(stem.name + kind), writers[kind](matrix))
 
@@ -333,7 +337,7 @@ def _file_name(name: str) -> str:
 def _remove_stale(folder: Path, written: set[Path]) -> None:
     for part in ("matrices", "categories"):
         for path in (folder / part).rglob("*"):
-            if path.suffix in (".csv", ".json", ".md", ".tex", ".png", ".pdf", ".svg") and path not in written:
+            if path.suffix in (".csv", ".json", ".md", ".tex", ".html", ".png", ".pdf", ".svg") and path not in written:
                 path.unlink()
 
 
@@ -366,6 +370,7 @@ def _matrix_sections(matrices: Sequence[Matrix], several: bool, also_figures: Se
                 ("CSV", "csv"),
                 ("JSON", "json"),
                 ("LaTeX", "tex"),
+                ("HTML", "html"),
                 *((k.upper(), k) for k in also_figures),
             )
         )

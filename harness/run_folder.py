@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from harness.contracts import AdgridError, ResultRow, Trial, Tuned
 from harness.identity import canonical_json
 from harness.plan import Plan
+from harness.registry import did_you_mean
 from harness.rows import show_row
 from harness.store import Store
 from harness.study import Ledger, SampleResult, Study, describe_study, find_best
@@ -76,6 +78,8 @@ class RunRecord:
     """See `harness.study.describe_study`."""
     sample_rows: tuple[ResultRow, ...]
     """Of the studies' samples."""
+    categories: Mapping[str, Sequence[str]]
+    """What each trial is to score, by trial id; absent in run folders of earlier versions."""
 
 
 def keep_plan(store: Store, plan: Plan, command: str, studies: Sequence[StudyOutcome]) -> None:
@@ -96,7 +100,12 @@ def keep_plan(store: Store, plan: Plan, command: str, studies: Sequence[StudyOut
 
 def _trial_record(trial: Trial) -> dict[str, Any]:
     tuned = None if trial.tuned is None else dataclasses.asdict(trial.tuned)
-    return {"trial_id": trial.trial_id, "tuned": tuned, "cell_ids": [cell.cell_id for cell in trial.cells]}
+    return {
+        "trial_id": trial.trial_id,
+        "tuned": tuned,
+        "cell_ids": [cell.cell_id for cell in trial.cells],
+        "categories": list(trial.categories),
+    }
 
 
 def find_run(word: str, root: str) -> tuple[Store, RunRecord]:
@@ -105,12 +114,26 @@ def find_run(word: str, root: str) -> tuple[Store, RunRecord]:
     Raises:
         AdgridError: there is none.
     """
-    base, marker, name = word.rstrip("/").rpartition("/runs/")
-    store = Store(base if marker else root)
+    base, marker, run_id = word.rstrip("/").rpartition("/runs/")
+    store = open_store(base if marker else root)
     try:
-        return store, read_run(store, name if marker else word)
+        return store, read_run(store, run_id)
     except FileNotFoundError as error:
-        raise AdgridError(f"{word}: no such run under {store.root}/runs; see `adgrid run`") from error
+        known = _run_ids(store)
+        hint = did_you_mean(run_id, known) or (f"; there are {', '.join(known[:12])}" if known else "")
+        raise AdgridError(f"{word}: no such run under {store.root}/runs{hint}") from error
+
+
+def open_store(root: str) -> Store:
+    """A storage root that is there already. Raises AdgridError if it is not."""
+    if "://" not in root and not Path(root).expanduser().is_dir():
+        raise AdgridError(f"--root {root}: no such folder; name the storage root that `adgrid run` wrote to")
+    return Store(root)
+
+
+def _run_ids(store: Store) -> list[str]:
+    folder = store.local_path("runs")
+    return sorted(path.name for path in folder.iterdir()) if folder is not None and folder.is_dir() else []
 
 
 def read_run(store: Store, run_id: str) -> RunRecord:
@@ -135,4 +158,5 @@ def read_run(store: Store, run_id: str) -> RunRecord:
         rows=shown(record["trials"]),
         studies=tuple(record["studies"]),
         sample_rows=shown(record["samples"]),
+        categories={trial["trial_id"]: trial["categories"] for trial in listed if "categories" in trial},
     )

@@ -9,8 +9,8 @@ from pathlib import Path
 from harness.bundle import SCORES_FILE, ImageScores, load_image_scores, scores_from_parquet
 from harness.contracts import AdgridError, ResultRow
 from harness.matching import AXES, axis_value
-from harness.registry import did_you_mean, suggest
-from harness.run_folder import read_run
+from harness.registry import suggest
+from harness.run_folder import find_run, open_store
 from harness.store import Store
 
 
@@ -59,26 +59,18 @@ def open_run(word: str, root: str, tracking_uri: str | None = None) -> Source:
     for prefix in ("mlflow:", "runs:/"):
         if word.startswith(prefix):
             return _open_mirrored(word.removeprefix(prefix).strip("/"), root, tracking_uri)
-    base, marker, run_id = word.rstrip("/").rpartition("/runs/")
-    base = base if marker else root
-    store = _open_store(base)
+    store, record = find_run(word, root)
     try:
-        rows = read_run(store, run_id).rows
-    except FileNotFoundError as error:
-        known = _run_ids(store)
-        hint = did_you_mean(run_id, known) or (f"; there are {', '.join(known[:12])}" if known else "")
-        raise AdgridError(f"{word}: no such run under {store.root}/runs{hint}") from error
-    try:
-        scores = scores_from_parquet(store.read(f"runs/{run_id}/report/{SCORES_FILE}"))
+        scores = scores_from_parquet(store.read(f"runs/{record.run_id}/report/{SCORES_FILE}"))
     except FileNotFoundError:
         scores = {}
-    return Source(run_id, rows, scores, store)
+    return Source(record.run_id, record.rows, scores, store)
 
 
 def open_any(word: str, root: str, tracking_uri: str | None = None) -> Source:
     """As `open_run`, and a storage root stands for all rows in it."""
     if not word.startswith(("mlflow:", "runs:/")) and "/runs/" not in word and ("://" in word or Path(word).is_dir()):
-        store = _open_store(word)
+        store = open_store(word)
         rows = store.load_rows()
         if not rows:
             raise AdgridError(f"{word}: no rows there; name a storage root such as results, a run folder or a run id")
@@ -119,17 +111,6 @@ def _default_uri(root: str) -> str:
     if database is None or not database.is_file():
         raise AdgridError(f"there is no mlflow.db below --root {root}; name the server with --tracking-uri")
     return f"sqlite:///{database}"
-
-
-def _open_store(root: str) -> Store:
-    if "://" not in root and not Path(root).expanduser().is_dir():
-        raise AdgridError(f"--root {root}: no such folder; name the storage root that `adgrid run` wrote to")
-    return Store(root)
-
-
-def _run_ids(store: Store) -> list[str]:
-    folder = store.local_path("runs")
-    return sorted(path.name for path in folder.iterdir()) if folder is not None and folder.is_dir() else []
 
 
 # --- narrowing -------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def matrix_markdown(matrix: Matrix) -> str:
         texts = []
         for cell, rank in zip(row.cells, row_ranks, strict=True):
             text = format_percent(cell)
-            texts.append((f"**{text}**" if rank == "best" else text) + _cell_marks(matrix, cell))
+            texts.append((f"**{text}**" if rank == "best" else text) + cell_marks(matrix, cell))
         lines.append(_markdown_line([*row.labels, *texts]))
     notes = [f"- {_markdown_escape(line)}" for line in describe_matrix(matrix)]
     lead = f"**{matrix.title}** in percent, {_markdown_escape(matrix.subject)}; best of each column in bold."
@@ -149,7 +149,8 @@ def _markdown_escape(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
-def _cell_marks(matrix: Matrix, cell: MatrixCell) -> str:
+def cell_marks(matrix: Matrix, cell: MatrixCell) -> str:
+    """Footnote marks of a number."""
     return "".join(mark for stamp, mark in matrix.marks.items() if stamp in cell.stamps and cell.state == "value")
 
 
@@ -166,7 +167,7 @@ def matrix_latex(matrix: Matrix) -> str:
         for cell, rank in zip(row.cells, row_ranks, strict=True):
             text = _latex_escape(format_percent(cell))
             wrapped = {"best": f"\\textbf{{{text}}}", "second": f"\\underline{{{text}}}", "": text}[rank]
-            marks = _latex_escape(_cell_marks(matrix, cell))
+            marks = _latex_escape(cell_marks(matrix, cell))
             texts.append(wrapped + (f"\\textsuperscript{{{marks}}}" if marks else ""))
         body.append(_latex_line([*map(_latex_escape, row.labels), *texts]))
     lines = [
@@ -241,7 +242,7 @@ def terminal_table(matrix: Matrix) -> Table:
 
 
 def _terminal_text(matrix: Matrix, cell: MatrixCell) -> str:
-    text = f"{format_percent(cell)}{_cell_marks(matrix, cell)}"
+    text = f"{format_percent(cell)}{cell_marks(matrix, cell)}"
     return text if cell.value is None else f" {text} "
 
 

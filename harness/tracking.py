@@ -4,9 +4,12 @@ The one home of MLflow. Rows on disk are the truth; this copy can be made at any
 made again without doubling anything, because every value is compared with what MLflow holds before it is written.
 One process writes, the driver of a run.
 
-    parent   tag `adgrid.run_id`    means per (dataset, method, backbone, whatever varies), counts, the report's files
-    child    tag `adgrid.trial_id`  axes and parameters, `<metric>/<category>`, means, costs, status, and the curves
-                                    `loss/<stage>/<category>`, a point per epoch
+    parent   tag `adgrid.run_id`    means per (dataset, method, backbone, representation, whatever else varies), counts,
+                                    the report's files, what the machine did meanwhile
+    child    tag `adgrid.trial_id`  axes and parameters, `<metric>/<category>`, means, costs, status, the images read,
+                                    and curves: losses per epoch, running means per category
+
+`harness/mirror_values.py` says what rows become, docs/mlflow.md how it is found again.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import logging
 import os
 import re
 import shlex
-import statistics
 import sys
 import textwrap
 import time
@@ -31,7 +33,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.environment_variables import (
     MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR,
     MLFLOW_HTTP_REQUEST_MAX_RETRIES,
@@ -39,13 +41,29 @@ from mlflow.environment_variables import (
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
 )
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from sqlalchemy.exc import SADeprecationWarning, SQLAlchemyError
 
 from harness.contracts import AdgridError, ResultRow, Trial
-from harness.matrices import NO_BACKBONE, show_value
-from harness.metrics import METRICS
+from harness.matrices import show_value
+from harness.mirror_values import (
+    Input,
+    Point,
+    child_curves,
+    child_name,
+    child_numbers,
+    child_params,
+    child_tags,
+    curve_name,
+    curves_over_categories,
+    describe_input,
+    describe_searched,
+    input_profile,
+    metric_key,
+    run_means,
+    summarise,
+)
 from harness.notes import Loss
-from harness.report import build_matrices, rows_frame
 
 PARENT_TAG, RUN_TAG, TRIAL_TAG = "mlflow.parentRunId", "adgrid.run_id", "adgrid.trial_id"
 STUDY_TAG = "adgrid.study"
@@ -54,9 +72,11 @@ CELLS_TAG = "adgrid.cells"
 """JSON on a child: category -> status of the row mirrored last."""
 FILES_TAG = "adgrid.files"
 """Hash on the parent of the report files uploaded last."""
+INPUT_CONTEXT = "training and test images"
+"""MLflow's word for what a run did with a dataset."""
 COMMIT_TAG, TABLES_TAG = "mlflow.source.git.commit", "mlflow.loggedArtifacts"
 
-_MAX_KEY, _MAX_PARAM, _MAX_TAG = 250, 6000, 8000
+_MAX_PARAM, _MAX_TAG = 6000, 8000
 _METRICS_PER_BATCH, _OTHERS_PER_BATCH = 800, 90
 _SQLITE = re.compile(r"(sqlite(?:\+\w+)?):///(.+)")
 
@@ -74,11 +94,15 @@ class _Mirrored:
     params: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    inputs: set[tuple[str, str]] = field(default_factory=set)
+    """Name and digest."""
 
     @classmethod
     def of(cls, run: Run) -> _Mirrored:
         data = run.data
-        return cls(run.info.run_id, run.info.status, dict(data.params), dict(data.metrics), dict(data.tags))
+        found = run.inputs.dataset_inputs if run.inputs else []
+        inputs = {(each.dataset.name, each.dataset.digest) for each in found}
+        return cls(run.info.run_id, run.info.status, dict(data.params), dict(data.metrics), dict(data.tags), inputs)
 
     @property
     def cells(self) -> dict[str, str]:
@@ -103,6 +127,7 @@ class Mirror:
         self.experiment = experiment
         self._opened: tuple[MlflowClient, str] | None = None
         self._known: dict[str, tuple[_Mirrored, dict[str, _Mirrored]]] = {}
+        self._monitor: SystemMetricsMonitor | None = None
 
     def sync(
         self,
@@ -112,7 +137,7 @@ class Mirror:
         files: Sequence[Path] = (),
         params: Mapping[str, object] | None = None,
         finished: bool = False,
-        planned: Iterable[Trial] = (),
+        planned: Mapping[str, Sequence[str]] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Brings MLflow up to date. Writes nothing that is there already.
@@ -128,14 +153,14 @@ class Mirror:
             files: of the report; kept on the parent under their places below the deepest folder that holds them all.
             params: of the parent, written once and never changed.
             finished: the run has ended; `rows` are all its rows, and their means go to the parent.
-            planned: the trials of the run.
+            planned: categories of the trials of the run, by trial id.
             metrics: of the parent, besides the means.
 
         Raises:
             TrackingUnavailable: MLflow cannot be reached or refuses.
         """
         listed = list(rows)
-        expected = {trial.trial_id: trial.categories for trial in planned}
+        expected = planned or {}
         with self._reported():
             client, _ = self._open()
             parent, children = self._find(space_name, run_id)
@@ -144,8 +169,10 @@ class Mirror:
                 by_trial.setdefault(row.trial_id, []).append(row)
             for trial_id, members in by_trial.items():
                 row = members[0]
-                child = self._child(run_id, trial_id, _child_name(row, row.dataset, _searched(row.tuned, row.params)))
-                _sync_child(client, child, members, expected.get(trial_id))
+                searched = describe_searched(row.tuned, row.params)
+                child = self._child(run_id, trial_id, child_name(row, row.dataset, searched))
+                known = expected.get(trial_id) or ([row.category for row in members] if finished else None)
+                _sync_child(client, child, members, known)
             if finished:
                 for trial_id, child in children.items():
                     _settle(client, child, set(expected.get(trial_id, ())) <= set(child.cells))
@@ -169,11 +196,11 @@ class Mirror:
             client, _ = self._open()
             self._find(space_name, run_id)
             for trial_id, (trial, points) in losses.items():
-                searched = [] if trial.tuned is None else _searched(asdict(trial.tuned), trial.params)
-                child = self._child(run_id, trial_id, _child_name(trial, trial.dataset.name, searched))
+                searched = [] if trial.tuned is None else describe_searched(asdict(trial.tuned), trial.params)
+                child = self._child(run_id, trial_id, child_name(trial, trial.dataset.name, searched))
                 now = int(time.time() * 1000)
                 metrics = [
-                    Metric(_key(_curve_name(point.stage, category)), point.value, now, point.epoch)
+                    Metric(metric_key(curve_name(point.stage, category)), point.value, now, point.epoch)
                     for point in points
                     for category in point.categories
                     if category not in child.cells
@@ -181,6 +208,27 @@ class Mirror:
                 for start in range(0, len(metrics), _METRICS_PER_BATCH):
                     client.log_batch(child.id, metrics[start : start + _METRICS_PER_BATCH])
                 child.metrics.update({metric.key: metric.value for metric in metrics})
+
+    def watch_machine(self, space_name: str, run_id: str) -> None:
+        """From now on notes on the parent run what this machine does: processor, memory, disk, network, GPUs.
+
+        MLflow's own thread does it, every ten seconds, until the run has ended or `close` is called.
+
+        Raises:
+            TrackingUnavailable: MLflow cannot be reached or refuses.
+        """
+        with self._reported():
+            client, _ = self._open()
+            parent, _ = self._find(space_name, run_id)
+            _reopen(client, parent)
+            self._monitor = SystemMetricsMonitor(parent.id, resume_logging=True, tracking_uri=self.tracking_uri)
+            self._monitor.start()
+
+    def close(self) -> None:
+        """Ends `watch_machine`."""
+        if self._monitor is not None:
+            self._monitor.finish()
+            self._monitor = None
 
     def _find(self, space_name: str, run_id: str) -> tuple[_Mirrored, dict[str, _Mirrored]]:
         """The parent run of a run, made if need be, and its children by trial id."""
@@ -193,7 +241,8 @@ class Mirror:
         client, experiment_id = self._open()
         parent, children = self._known[run_id]
         if trial_id not in children:
-            tags = {PARENT_TAG: parent.id, TRIAL_TAG: trial_id, "mlflow.source.name": "adgrid", **_user_tag()}
+            tags = {PARENT_TAG: parent.id, TRIAL_TAG: trial_id, "run": run_id}
+            tags |= {"mlflow.source.name": "adgrid", **_user_tag()}
             children[trial_id] = _Mirrored.of(client.create_run(experiment_id, run_name=name, tags=tags))
         return children[trial_id]
 
@@ -269,6 +318,7 @@ def quieten_mlflow() -> None:
             variable.set(value)
     # "Creating initial MLflow database tables..." and the like.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
 
 
 def _user_tag() -> dict[str, str]:
@@ -305,7 +355,7 @@ def _find_runs(
         [experiment_id], f"tags.`{RUN_TAG}` = {run_id!r}", order_by=["attributes.start_time ASC"], max_results=1
     )
     if not found:
-        tags = {RUN_TAG: run_id, "mlflow.source.name": "adgrid", **_user_tag()}
+        tags = {RUN_TAG: run_id, "kind": "run", "mlflow.source.name": "adgrid", **_user_tag()}
         return _Mirrored.of(client.create_run(experiment_id, run_name=space_name, tags=tags)), {}
     parent = _Mirrored.of(found[0])
     children: dict[str, _Mirrored] = {}
@@ -330,47 +380,50 @@ def _write(
     params: Mapping[str, object] | None = None,
     metrics: Mapping[str, float] | None = None,
     curves: Mapping[str, Sequence[float]] | None = None,
+    points: Sequence[Point] = (),
     tags: Mapping[str, str] | None = None,
 ) -> bool:
     """Logs what is new or changed, remembers it and says whether anything was.
 
     Parameters cannot change in MLflow, so only new ones count. Of a curve the last point tells whether it is there; if
-    another is the last, those points are written that are not.
+    another is the last, those points are written that are not. `points` are written in any case, and with them in one
+    request the tags, by which the caller knows next time that they are there.
     """
     new_params = {
         key: text[:_MAX_PARAM]
-        for key, text in ((_key(name), _text(value)) for name, value in (params or {}).items())
+        for key, text in ((metric_key(name), _text(value)) for name, value in (params or {}).items())
         if key not in run.params
     }
     new_metrics = {
         key: value
-        for key, value in ((_key(name), float(value)) for name, value in (metrics or {}).items())
+        for key, value in ((metric_key(name), float(value)) for name, value in (metrics or {}).items())
         if run.metrics.get(key) != value
     }
     new_tags = {key: value[:_MAX_TAG] for key, value in (tags or {}).items() if run.tags.get(key) != value[:_MAX_TAG]}
     now = int(time.time() * 1000)
-    points = [Metric(key, value, now, 0) for key, value in new_metrics.items()]
+    found = [Metric(metric_key(name), value, now, step) for name, step, value in points]
+    found += [Metric(key, value, now, 0) for key, value in new_metrics.items()]
     for name, values in (curves or {}).items():
-        key = _key(name)
+        key = metric_key(name)
         if values and run.metrics.get(key) != values[-1]:
             there = client.get_metric_history(run.id, key) if key in run.metrics else ()
             known = {point.step: point.value for point in sorted(there, key=lambda point: point.timestamp)}
             steps = enumerate(values, start=1)
-            points += [Metric(key, value, now, step) for step, value in steps if known.get(step) != value]
+            found += [Metric(key, value, now, step) for step, value in steps if known.get(step) != value]
             new_metrics[key] = values[-1]
     others = [Param(key, value) for key, value in new_params.items()]
     labels = [RunTag(key, value) for key, value in new_tags.items()]
-    while points or others or labels:
-        client.log_batch(run.id, points[:_METRICS_PER_BATCH], others[:_OTHERS_PER_BATCH], labels[:_OTHERS_PER_BATCH])
-        points, others, labels = (
-            points[_METRICS_PER_BATCH:],
+    while found or others or labels:
+        client.log_batch(run.id, found[:_METRICS_PER_BATCH], others[:_OTHERS_PER_BATCH], labels[:_OTHERS_PER_BATCH])
+        found, others, labels = (
+            found[_METRICS_PER_BATCH:],
             others[_OTHERS_PER_BATCH:],
             labels[_OTHERS_PER_BATCH:],
         )
     run.params.update(new_params)
-    run.metrics.update(new_metrics)
+    run.metrics.update({**new_metrics, **{metric_key(name): value for name, _, value in points}})
     run.tags.update(new_tags)
-    return bool(new_params or new_metrics or new_tags)
+    return bool(new_params or new_metrics or new_tags or points)
 
 
 def _set_status(client: MlflowClient, run: _Mirrored, status: str) -> None:
@@ -383,12 +436,9 @@ def _set_status(client: MlflowClient, run: _Mirrored, status: str) -> None:
     run.status = status
 
 
-def _key(name: str) -> str:
-    """A name that MLflow takes for a metric or parameter: letters, digits and `_ - . : / space`, 250 at most."""
-    # MLflow reads a key as a path and refuses one that another path could mean.
-    parts = [re.sub(r"[^\w.: -]", "_", part.replace("=", ":")) for part in name.split("/")]
-    key = "/".join("_" if part in ("", ".", "..") else part for part in parts)
-    return key if len(key) <= _MAX_KEY else f"{key[: _MAX_KEY - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+def _reopen(client: MlflowClient, run: _Mirrored) -> None:
+    _write(client, run, tags={"status": "running"})
+    _set_status(client, run, "RUNNING")
 
 
 def _text(value: object) -> str:
@@ -406,16 +456,13 @@ def _sync_child(
     if not fresh:
         return
     row = fresh[-1]
+    before = dict(cells)
     cells |= {row.category: row.status for row in fresh}
     is_complete = categories is not None and set(categories) <= set(cells)
     earlier = [stamp for stamp in child.tags.get("stamps", "").split("; ") if stamp]
     stamps = dict.fromkeys([*earlier, *(stamp for row in fresh for stamp in row.stamps)])
     tags = {
-        "method": row.method,
-        "backbone": row.backbone or "none",
-        "representation": row.representation,
-        "dataset": row.dataset,
-        "protocol_id": row.protocol_id,
+        **child_tags(row),
         "stamps": "; ".join(stamps),
         CELLS_TAG: json.dumps(cells, sort_keys=True),
     }
@@ -423,26 +470,36 @@ def _sync_child(
         tags[STUDY_TAG] = row.tuned["study_id"]
     if row.provenance.get("git_commit"):
         tags[COMMIT_TAG] = row.provenance["git_commit"]
-    numbers = {
-        f"{name}/{row.category}": value for row in fresh for name, value in (*row.metrics.items(), *row.costs.items())
-    }
-    curves = {
-        _curve_name(name, row.category): values
-        for row in fresh
-        if row.status == "ok"
-        for name, values in row.curves.items()
-    }
+    # Of a trial with a single category the curve would be that category's number.
+    is_single = categories is not None and len(categories) == 1
+    points = [] if is_single else curves_over_categories(fresh, before, child.metrics)
+    numbers = child_numbers(fresh)
     status = "RUNNING"
     if is_complete:  # all in one call: most of what a server takes for a trial is the number of calls
-        written = {_key(name): float(value) for name, value in numbers.items()}
+        written = {metric_key(name): float(value) for name, value in numbers.items()}
         after = replace(child, metrics={**child.metrics, **written}, tags={**child.tags, **tags})
         means, tags["status"], status = _conclude(after, is_complete=True)
         numbers |= means
-    has_changed = _write(client, child, params=_child_params(row), metrics=numbers, curves=curves, tags=tags)
+    has_changed = _write(
+        client, child, params=child_params(row), metrics=numbers, curves=child_curves(fresh), points=points, tags=tags
+    )
+    if is_complete and set(cells.values()) == {"ok"} and {row.category for row in rows} == set(cells):
+        _log_input(client, child, describe_input(rows))
     if has_changed and not is_complete:
         _write(client, child, tags={"status": "running"})
     if has_changed or is_complete:
         _set_status(client, child, status)
+
+
+def _log_input(client: MlflowClient, child: _Mirrored, found: Input | None) -> None:
+    """Says on which images a trial ran, unless that is said already."""
+    if found is None or (found.name, found.digest) in child.inputs:
+        return
+    source = json.dumps(found.facts)
+    dataset = Dataset(found.name, found.digest, "adgrid", source, profile=input_profile(found))
+    context = InputTag("mlflow.data.context", INPUT_CONTEXT)
+    client.log_inputs(child.id, [DatasetInput(dataset=dataset, tags=[context])])
+    child.inputs.add((found.name, found.digest))
 
 
 def _settle(client: MlflowClient, child: _Mirrored, is_complete: bool) -> None:
@@ -460,62 +517,7 @@ def _conclude(child: _Mirrored, is_complete: bool) -> tuple[dict[str, float], st
         word, status = ("failed" if "failed" in found else "skipped"), "FAILED"
     elif found != {"ok"} or not is_complete:
         word, status = ("stopped" if "stopped" in found else "incomplete"), "KILLED"
-    return _summaries(child) if word == "ok" else {}, word, status
-
-
-def _summaries(child: _Mirrored) -> dict[str, float]:
-    """Over all categories: means of metrics and speeds, sums of seconds, largest peaks."""
-    categories = [_key(name) for name in child.cells]
-    suffix = f"/{categories[0]}"
-    summaries = {}
-    for name in [key.removesuffix(suffix) for key in child.metrics if key.endswith(suffix)]:
-        keys = [f"{name}/{category}" for category in categories]
-        if not all(key in child.metrics for key in keys):
-            continue
-        values = [child.metrics[key] for key in keys]
-        if name.endswith("_seconds"):
-            summaries[name] = sum(values)
-        elif name.startswith("peak_"):
-            summaries[name] = max(values)
-        elif name in METRICS or name.endswith("_per_second"):
-            summaries[name] = statistics.fmean(values)
-    return summaries
-
-
-def _curve_name(curve: str, category: str) -> str:
-    """Of a stage's loss, or of something else that it watched."""
-    return f"{curve.replace('.', '/') if '.' in curve else f'loss/{curve}'}/{category}"
-
-
-def _child_name(of: ResultRow | Trial, dataset: str, searched: Sequence[str]) -> str:
-    shots = [] if of.shots is None else [f"{of.shots} shots"]
-    representation = [] if of.representation == "plain" else [of.representation]
-    return " · ".join(
-        [of.method, of.backbone or "no backbone", *representation, dataset, *shots, f"seed {of.seed}", *searched]
-    )
-
-
-def _searched(tuned: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
-    """The values of searched fields, or that they are the best ones."""
-    if not tuned:
-        return []
-    values = [f"{field} {show_value(params[field])}" for field in tuned["fields"]]
-    return [", ".join(values)] if tuned["is_sample"] else ["tuned"]
-
-
-def _child_params(row: ResultRow) -> dict[str, object]:
-    axes: dict[str, object] = {
-        "method": row.method,
-        "backbone": row.backbone,
-        "layers": "+".join(row.layers),
-        "representation": row.representation,
-        "dataset": row.dataset,
-        "shots": "all" if row.shots is None else row.shots,
-        "seed": row.seed,
-        "protocol_id": row.protocol_id,
-    }
-    own = {f"param.{name}": value for name, value in row.params.items()}
-    return {**axes, **own, **{f"protocol.{name}": value for name, value in row.protocol.items()}}
+    return summarise(child.metrics, list(child.cells)) if word == "ok" else {}, word, status
 
 
 def _sync_parent(
@@ -534,29 +536,13 @@ def _sync_parent(
     tags = {"protocol_id": "; ".join(sorted({child.tags["protocol_id"] for child in children if child.cells}))}
     tags["stamps"] = "; ".join(sorted(stamps))
     if finished:
-        metrics |= _parent_means(rows)
+        metrics |= run_means(rows)
         tags["status"] = "ok" if num_ok == len(statuses) else "failed"
     has_changed = _write(client, parent, params=params, metrics=metrics, tags=tags)
     if finished:
         _set_status(client, parent, "FINISHED" if num_ok == len(statuses) else "FAILED")
     elif has_changed:
-        _write(client, parent, tags={"status": "running"})
-        _set_status(client, parent, "RUNNING")
-
-
-def _parent_means(rows: Sequence[ResultRow]) -> dict[str, float]:
-    """`<metric>/<dataset>/<method>/<backbone>`, and what else varies, for every number of the matrices."""
-    matrices = build_matrices(rows_frame(rows))
-    several = len({matrix.protocol_id for matrix in matrices}) > 1
-    means = {}
-    for matrix in matrices:
-        for row in matrix.rows:
-            labels = ["none" if label == NO_BACKBONE else label.replace(", ", " ") for label in row.labels if label]
-            for column, cell in zip(matrix.columns, row.cells, strict=True):
-                if cell.value is not None:
-                    protocol = [f"protocol {matrix.protocol_id}"] * several
-                    means["/".join([matrix.metric, *protocol, column, *labels])] = cell.value
-    return means
+        _reopen(client, parent)
 
 
 def _upload(client: MlflowClient, parent: _Mirrored, files: Sequence[Path]) -> None:

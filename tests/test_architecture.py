@@ -14,7 +14,7 @@ LAYERS = [
     ["workers", "watch", "notes", "checkpoints", "placement", "options", "datasets"],
     ["taps", "imagebind", "positions", "backbone_table", "download", "weights", "backbones", "backbone_check"],
     ["feature_store", "image_split", "features", "stages", "auxiliary"],
-    ["matrices", "tables", "figures", "truth", "given_references", "resolve", "represented"],
+    ["matrices", "tables", "matrix_page", "figures", "truth", "given_references", "resolve", "represented"],
     ["evaluate", "rows", "fitting", "sheets", "details"],
     ["reference_source", "pretraining", "trial", "training"],
     ["search", "study", "space", "plan_representations", "study_plan", "plan", "progress", "dataset_check"],
@@ -29,11 +29,12 @@ LAYERS = [
         "html_report",
         "study_report",
         "leaderboard",
+        "mirror_values",
         "tracking",
         "mirrored",
     ],
     ["run_folder", "tracker", "sources", "compare_commands", "rescore"],
-    ["run", "report_commands"],
+    ["run", "report_commands", "mlflow_commands"],
     ["cli"],
 ]
 HOMES = {

@@ -24,9 +24,9 @@ def places(board):
     return [line.labels[0] for line in board.lines]
 
 
-def shown(board):
-    console = Console(width=160, file=io.StringIO())
-    console.print(terminal_board(board))
+def shown(board, width=160):
+    console = Console(width=width, file=io.StringIO())
+    console.print(terminal_board(board, width))
     return console.file.getvalue()
 
 
@@ -53,6 +53,23 @@ def test_lines_are_sorted_by_their_mean_and_incomplete_ones_follow():
     text = shown(board)
     assert "— (1 of 2)" in text
     assert text.index("best") < text.index("good") < text.index("partial")
+
+
+def test_a_narrow_terminal_folds_names_and_cuts_no_number():
+    names = ("magnetic_tile", "mvtec_ad", "generated", "elpv")
+    listed = [
+        row
+        for seed, value in enumerate((0.8, 0.912))
+        for row in rows(value, "a_method", names, backbone="tf_efficientnet_lite0", seed=seed)
+    ]
+    (board,) = build_boards(listed, "image_auroc")
+    wide, narrow = shown(board), shown(board, 72)
+    assert wide.count("85.6 ± 7.9") == 4  # the mean over datasets has none
+    assert "± is the sample" in wide
+    assert narrow.count("85.6") == 5
+    assert "±" not in narrow
+    assert "tf_efficient" in narrow
+    assert max(map(len, narrow.splitlines())) <= 72
 
 
 def test_a_single_dataset_shows_its_categories():

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 from toy_rows import toy_row
@@ -286,3 +287,19 @@ def test_unknown_names_and_files_that_are_not_there(tmp_path):
         bad.write_text(text)
         with pytest.raises(AdgridError, match=expected):
             load_published(str(bad))
+
+
+def test_the_example_of_the_documentation_is_read_and_judged():
+    docs = Path(__file__).parents[1] / "docs"
+    text = (docs / "published_example.csv").read_text()
+    assert f"```csv\n{text}```" in (docs / "comparing.md").read_text()
+    table = load_published(str(docs / "published_example.csv"))
+    by_metric = {number.metric: number for number in table.numbers if number.dataset == "mvtec_ad"}
+    assert (by_metric["image_auroc"].params, by_metric["image_auroc"].backbone) == ({}, "none")
+    ours = rows(0.99, dataset="mvtec_ad", names=tuple("abcdefghijklmno"), protocol=CROP, params={"coreset_ratio": 0.1})
+    judgements, absent = judge(table, [*ours, *rows(0.84, names=("02",))])
+    assert [(judgement.number.dataset, judgement.verdict) for judgement in judgements if judgement.ours] == [
+        ("mvtec_ad", "reproduced"),
+        ("btad", "not comparable"),
+    ]
+    assert absent == 2

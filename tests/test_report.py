@@ -114,7 +114,7 @@ def test_a_report_is_complete(rows, tmp_path):
         + [
             f"matrices/{m}.{kind}"
             for m in ("image_auroc", "pixel_auroc")
-            for kind in ("csv", "json", "md", "png", "tex")
+            for kind in ("csv", "html", "json", "md", "png", "tex")
         ]
         + [f"categories/parts/{m}.{kind}" for m in ("image_auroc", "pixel_auroc") for kind in ("csv", "md", "tex")]
     )
@@ -143,7 +143,7 @@ def test_the_report_shows_and_explains_everything(rows, tmp_path):
 def test_every_link_of_a_report_leads_to_a_file(rows, tmp_path):
     text = write(tmp_path, rows)[0].read_text()
     links = re.findall(r"\]\(([^)]+)\)", text)
-    assert len(links) == 2 * 4
+    assert len(links) == 2 * 5
     assert all((tmp_path / link).is_file() for link in links)
 
 

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from rich.console import Console
 from toy_rows import toy_row
 
 from harness.matrices import MatrixCell
+from harness.matrix_page import matrix_html
 from harness.report import build_matrices, rows_frame
 from harness.tables import (
     cell_colour,
@@ -179,3 +181,19 @@ def test_failures_with_one_reason_are_told_once():
     text = shown(failures_table(rows))
     assert "Without a number: 5 cells" in text
     assert text.count("all features are NaN") == 1
+
+
+def test_a_page_shows_every_number_with_its_colour_and_escapes_names(rows):
+    strange = toy_row(0.5, method="<b>", dataset="parts")
+    (matrix,) = build_matrices(rows_frame([*rows, strange]), ["image_auroc"])
+    page = ET.fromstring(matrix_html(matrix).partition("<body>")[2].partition("</body>")[0].join(["<a>", "</a>"]))
+    lines = [list(line) for line in page.iter("tr")]
+    assert [cell.text for cell in lines[0]] == [*matrix.header, *matrix.columns]
+    assert [cell.text for cell in lines[-1]][:3] == ["<b>", "resnet18", "50.0"]
+    first = lines[1][2]
+    red, green, blue = cell_colour(0.912, matrix.colour_range())
+    assert (first.text, first.get("class")) == ("91.2", "best")
+    assert f"background:#{red:02x}{green:02x}{blue:02x}" in first.get("style")
+    assert [cell.get("title") for cell in lines[2] if cell.get("class") == "hole"] == [
+        "mono, seed 0: ValueError: all features are NaN"
+    ]

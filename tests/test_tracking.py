@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shlex
 import socket
 import sys
@@ -10,9 +11,10 @@ from mlflow import MlflowClient
 from toy_rows import toy_row
 
 from harness.contracts import AdgridError, DatasetRef, EvaluationProtocol, Resources, Trial
+from harness.mirror_values import metric_key
 from harness.notes import Loss
 from harness.report import build_matrices, rows_frame, write_report
-from harness.tracking import CELLS_TAG, PARENT_TAG, RUN_TAG, TRIAL_TAG, Mirror, TrackingUnavailable, _key, ui_command
+from harness.tracking import CELLS_TAG, PARENT_TAG, RUN_TAG, TRIAL_TAG, Mirror, TrackingUnavailable, ui_command
 
 EXPERIMENT = "tests of the mirror"
 
@@ -59,6 +61,12 @@ class Server:
         ]
 
 
+def no_point_twice(snapshot):
+    """Of two categories a curve over categories has two points, every other number one."""
+    curves = ("running_mean/", "system/")
+    return all(count == 1 + key.startswith(curves) for *_, counts in snapshot for key, count in counts.items())
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     return Server(tmp_path_factory.mktemp("mlflow"))
@@ -88,6 +96,10 @@ def planned(rows, categories=("bolt", "nut")):
         protocol=EvaluationProtocol(),
         resources=Resources(),
     )
+
+
+def expected(rows, categories=("bolt", "nut")):
+    return {rows[0].trial_id: categories}
 
 
 # --- what a run shows ---
@@ -157,11 +169,68 @@ def test_losses_are_there_while_a_trial_is_trained_and_no_point_twice(server):
         assert found == [(1, 3.0), (2, 2.5), (3, 2.25), (4, 2.0)]
 
 
+def test_the_mean_so_far_and_the_peak_of_memory_are_curves_over_categories(server):
+    values = {"bolt": 0.6, "nut": 1.0, "pin": 0.8}
+    rows = [
+        toy_row(
+            value,
+            category=name,
+            pixel=None if name == "nut" else 0.5,
+            provenance={"finished_at": f"2026-01-0{day}"},
+            costs={"peak_rss_mib": 100.0 * day},
+        )
+        for day, (name, value) in enumerate(values.items(), start=1)
+    ]
+    failed = toy_row(None, category="pin")
+    for portion in ([rows[1], rows[0]], [failed], [rows[0]], [rows[2]], rows):
+        server.mirror().sync("toys", "means so far", portion, finished=portion is rows)
+    (child,) = server.children("means so far")
+
+    def points(key):
+        history = server.client.get_metric_history(child.info.run_id, key)
+        return [(point.step, pytest.approx(point.value)) for point in sorted(history, key=lambda point: point.step)]
+
+    assert points("running_mean/image_auroc") == [(1, 0.6), (2, 0.8), (3, 0.8)]
+    assert points("running_mean/pixel_auroc") == [(1, 0.5)]  # not over what one category lacks
+    assert points("system/peak_rss_mib") == [(1, 100), (2, 200), (3, 300)]
+    server.mirror().sync("toys", "single", [toy_row(0.8)], finished=True, planned=expected([toy_row()], ("bolt",)))
+    (child,) = server.children("single")
+    assert not any(key.startswith("running_mean/") for key in child.data.metrics)
+
+
+def test_the_images_of_a_trial_are_a_dataset_with_a_fingerprint(server, monkeypatch):
+    def rows(images="a"):
+        facts = {"images_fingerprint": images, "truth_fingerprint": "t"}
+        return [toy_row(0.8, category=name, provenance=facts) for name in ("bolt", "nut")]
+
+    def inputs(run_id):
+        (child,) = server.children(run_id)
+        return {each.dataset.digest: each for each in child.inputs.dataset_inputs}
+
+    server.mirror().sync("toys", "inputs", rows()[:1], planned=expected(rows()))
+    assert inputs("inputs") == {}  # half of the images are no dataset
+    server.mirror().sync("toys", "inputs", rows(), finished=True)
+    ((digest, found),) = inputs("inputs").items()
+    assert found.dataset.name == "parts"
+    assert json.loads(found.dataset.source)["nut"] == {"images": "a", "ground_truth": "t"}
+    assert [(tag.key, tag.value) for tag in found.tags] == [("mlflow.data.context", "training and test images")]
+    again = server.mirror()
+    writes = count_writes(monkeypatch)
+    again.sync("toys", "inputs", rows(), finished=True)
+    assert writes == []
+    server.mirror().sync("toys", "same images", rows(), finished=True)
+    server.mirror().sync("toys", "other images", rows("b"), finished=True)
+    assert inputs("same images").keys() == {digest}
+    assert inputs("other images").keys().isdisjoint({digest})
+    server.mirror().sync("toys", "no fingerprint", two_trials()[:2], finished=True)
+    assert inputs("no fingerprint") == {}
+
+
 def test_a_metric_without_masks_is_not_there(server):
     server.mirror().sync("toys", "masks", two_trials(), finished=True)
     assert not any(key.startswith(("pixel", "aupro")) for key in server.children("masks")[1].data.metrics)
-    assert "pixel_auroc/parts/padim/resnet18" in server.parent("masks").data.metrics
-    assert "pixel_auroc/parts/patchcore/resnet18" not in server.parent("masks").data.metrics
+    assert "pixel_auroc/parts/padim/resnet18/plain" in server.parent("masks").data.metrics
+    assert "pixel_auroc/parts/patchcore/resnet18/plain" not in server.parent("masks").data.metrics
 
 
 def test_the_parent_holds_the_numbers_of_the_matrices(server):
@@ -174,7 +243,8 @@ def test_the_parent_holds_the_numbers_of_the_matrices(server):
     metrics = server.parent("means").data.metrics
     (matrix,) = build_matrices(rows_frame(rows), ["image_auroc"])
     assert [
-        metrics[f"image_auroc/parts/{name}"] for name in ("padim/resnet18", "patchcore/resnet18", "draem/none")
+        metrics[f"image_auroc/parts/{name}"]
+        for name in ("padim/resnet18/plain", "patchcore/resnet18/plain", "draem/none/none")
     ] == (matrix.numbers)
     assert (metrics["cells_ok"], metrics["cells_without_number"]) == (6, 0)
 
@@ -183,12 +253,12 @@ def test_swept_parameters_and_protocols_keep_their_means_apart(server):
     rows = [toy_row(0.8, params={"ratio": 0.1}), toy_row(0.9, params={"ratio": 0.25})]
     server.mirror().sync("toys", "sweep", rows, finished=True)
     metrics = server.parent("sweep").data.metrics
-    assert metrics["image_auroc/parts/padim/resnet18/ratio:0.1"] == 0.8
-    assert metrics["image_auroc/parts/padim/resnet18/ratio:0.25"] == 0.9
+    assert metrics["image_auroc/parts/padim/resnet18/plain/ratio:0.1"] == 0.8
+    assert metrics["image_auroc/parts/padim/resnet18/plain/ratio:0.25"] == 0.9
     other = toy_row(0.5, protocol={"aupro_limit": 0.05})
     server.mirror().sync("toys", "protocols", [toy_row(0.8), other], finished=True)
     metrics = server.parent("protocols").data.metrics
-    assert metrics[f"image_auroc/protocol {other.protocol_id}/parts/padim/resnet18"] == 0.5
+    assert metrics[f"image_auroc/protocol {other.protocol_id}/parts/padim/resnet18/plain"] == 0.5
 
 
 def test_stamps_are_a_tag(server):
@@ -203,7 +273,7 @@ def test_stamps_are_a_tag(server):
 def count_writes(monkeypatch):
     """The names of the calls by which a mirror writes, as they happen."""
     calls = []
-    for name in ("create_run", "log_batch", "update_run", "set_terminated", "log_artifact"):
+    for name in ("create_run", "log_batch", "log_inputs", "update_run", "set_terminated", "log_artifact"):
         original = getattr(MlflowClient, name)
 
         def counted(self, *args, _name=name, _original=original, **kwargs):
@@ -226,7 +296,7 @@ def test_a_second_sync_writes_nothing(server, tmp_path, monkeypatch):
     assert writes == []
     again.sync("toys", "twice", rows[:1], finished=False)
     assert server.snapshot("twice") == before
-    assert all(count == 1 for *_, counts in before for count in counts.values())
+    assert no_point_twice(before)
 
 
 def test_rows_may_come_one_by_one_from_several_processes(server):
@@ -246,9 +316,9 @@ def test_rows_may_come_one_by_one_from_several_processes(server):
 def test_a_planned_trial_is_settled_when_its_last_category_arrives(server):
     first, second = two_trials()[:2]
     mirror = server.mirror()
-    mirror.sync("toys", "plan", [first], planned=[planned([first])])
+    mirror.sync("toys", "plan", [first], planned=expected([first]))
     assert server.children("plan")[0].data.tags["status"] == "running"
-    mirror.sync("toys", "plan", [second], planned=[planned([first])])
+    mirror.sync("toys", "plan", [second], planned=expected([first]))
     (child,) = server.children("plan")
     assert (child.info.status, child.data.tags["status"]) == ("FINISHED", "ok")
     assert child.data.metrics["image_auroc"] == pytest.approx(0.85)
@@ -257,7 +327,7 @@ def test_a_planned_trial_is_settled_when_its_last_category_arrives(server):
 
 def test_a_trial_that_was_cut_short_is_not_called_finished(server):
     row = toy_row(0.8)
-    server.mirror().sync("toys", "cut", [row], finished=True, planned=[planned([row])])
+    server.mirror().sync("toys", "cut", [row], finished=True, planned=expected([row]))
     (child,) = server.children("cut")
     assert (child.info.status, child.data.tags["status"]) == ("KILLED", "incomplete")
     assert "image_auroc" not in child.data.metrics
@@ -421,7 +491,7 @@ def test_an_outage_in_the_middle_is_caught_up_without_doubling(server, monkeypat
     mirror.sync("toys", "outage", rows, finished=True)
     snapshot = server.snapshot("outage")
     assert [status for _, status, *_ in snapshot] == ["FINISHED"] * 3
-    assert all(count == 1 for *_, counts in snapshot for count in counts.values())
+    assert no_point_twice(snapshot)
 
 
 def test_a_database_that_is_none_is_reported(tmp_path):
@@ -447,9 +517,9 @@ def test_a_database_without_a_file_is_refused():
 
 
 def test_keys_hold_only_what_mlflow_takes():
-    assert _key("image_auroc/my data (v2)/[x]") == "image_auroc/my data _v2_/_x_"
-    assert _key("a//../.b/ratio=0.1") == "a/_/_/.b/ratio:0.1"
-    long = [_key("image_auroc/" + "x" * 300 + end) for end in "ab"]
+    assert metric_key("image_auroc/my data (v2)/[x]") == "image_auroc/my data _v2_/_x_"
+    assert metric_key("a//../.b/ratio=0.1") == "a/_/_/.b/ratio:0.1"
+    long = [metric_key("image_auroc/" + "x" * 300 + end) for end in "ab"]
     assert [len(key) for key in long] == [250, 250]
     assert long[0] != long[1]
 
