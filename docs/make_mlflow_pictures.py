@@ -1,0 +1,94 @@
+"""Photographs MLflow's own pages of a mirrored run, for docs/mlflow.md.
+
+    adgrid mlflow sync RUN --tracking-uri sqlite:///FOLDER/mlflow.db
+    python docs/make_mlflow_pictures.py sqlite:///FOLDER/mlflow.db
+
+Starts MLflow on a free port of the loopback address and looks at it with a headless Chromium. A picture that is empty
+because a page was slow is better taken again with a longer --seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+from mlflow import MlflowClient
+from PIL import Image
+from selenium import webdriver
+
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+FLAGS += " --disable-component-update --disable-sync --window-size=1600,1000 --hide-scrollbars"
+
+
+@contextmanager
+def served(tracking_uri: str) -> Iterator[str]:
+    """The address of an MLflow server for a database."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", address.rpartition(":")[2]]
+    process = subprocess.Popen(
+        [*command, "--backend-store-uri", tracking_uri, "--workers", "1"], start_new_session=True
+    )
+    try:
+        for _ in range(300):
+            try:
+                with urllib.request.urlopen(f"{address}/health", timeout=5):
+                    break
+            except OSError:
+                time.sleep(1)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def main() -> None:
+    """Takes the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("tracking_uri")
+    parser.add_argument("--experiment", default="adgrid")
+    parser.add_argument("--seconds", type=float, default=20.0, help="a page gets this long to be drawn")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parsed = parser.parse_args()
+    client = MlflowClient(parsed.tracking_uri)
+    experiment = client.get_experiment_by_name(parsed.experiment).experiment_id
+    parent = client.search_runs([experiment], "tags.kind = 'run'", max_results=1)[0].info.run_id
+    trials = quote("tags.kind = 'trial'")
+    options = webdriver.ChromeOptions()
+    for flag in FLAGS.split():
+        options.add_argument(flag)
+    with tempfile.TemporaryDirectory() as profile, served(parsed.tracking_uri) as address:
+        options.add_argument(f"--user-data-dir={profile}")
+        browser = webdriver.Chrome(options=options)
+        browser.set_page_load_timeout(300)
+        try:
+            runs = f"{address}/#/experiments/{experiment}/runs"
+            for name, page in {
+                "table": f"{runs}?compareRunsMode=TABLE",
+                "charts": f"{runs}?compareRunsMode=CHART&searchFilter={trials}",
+                "means": f"{runs}/{parent}/model-metrics",
+                "matrix": f"{runs}/{parent}/artifacts/matrices/image_auroc.html",
+            }.items():
+                browser.get("about:blank")
+                browser.get(page)
+                time.sleep(parsed.seconds)
+                picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+                picture.save(parsed.out / f"mlflow_{name}.webp", quality=70, method=6)
+        finally:
+            browser.quit()
+
+
+if __name__ == "__main__":
+    main()
