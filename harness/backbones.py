@@ -507,6 +507,12 @@ def level_shapes(
 
 
 @lru_cache(maxsize=256)
+def count_parameters(resolved: ResolvedBackbone) -> int:
+    """Numbers that the network holds, without reading weights."""
+    return sum(parameter.numel() for parameter in _meta_network(resolved, _native_size(resolved)).parameters())
+
+
+@lru_cache(maxsize=256)
 def _level_shapes(
     resolved: ResolvedBackbone, layers: tuple[str, ...], image_size: tuple[int, int]
 ) -> tuple[tuple[int, int, int], ...]:

@@ -52,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_places(run)
     _add_narrowing(run)
     run.add_argument("--address", help="Ray cluster to join (auto, HOST:PORT); without it one starts on this machine")
+    run.add_argument(
+        "--cluster-config", metavar="FILE", help="file of the cluster launcher, for what its autoscaler may add"
+    )
     run.add_argument("--num-cpus", type=int, help="cores of the Ray started here (default: all)")
     run.add_argument("--tracking-uri", help="MLflow tracking URI (default: a SQLite file under --root; off: none)")
     run.add_argument("--experiment", default="adgrid", help="MLflow experiment (default: adgrid)")
@@ -260,7 +263,7 @@ def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
     table = Table(
         title=f"{plan.space.name}: {len(plan.trials)} trials, {len(plan.cell_ids)} cells", title_justify="left"
     )
-    for column in ("trial", "categories", "layers", "asks for", "done"):
+    for column in ("trial", "categories", "layers", "asks for", "features", "done"):
         table.add_column(column, overflow="fold")
     for trial in plan.trials:
         done = sum(cell.cell_id in rows and rows[cell.cell_id].status == "ok" for cell in trial.cells)
@@ -272,6 +275,7 @@ def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
             ", ".join(trial.categories) if len(trial.categories) <= 4 else f"{len(trial.categories)} categories",
             ", ".join(trial.layers),
             workers + ", ".join(asks),
+            _describe_bytes(trial.footprint.feature_bytes if trial.footprint else 0),
             f"{done}/{len(trial.cells)}",
         )
     for pretraining in plan.pretrainings:
@@ -302,6 +306,10 @@ def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
             for part in _escape(item.reason).split("; "):
                 console.print(f"    {part}", soft_wrap=True)
     return 1 if plan.missing else 0
+
+
+def _describe_bytes(amount: int) -> str:
+    return f"{amount / 2**30:.1f} GiB" if amount >= 2**30 else f"{amount / 2**20:.0f} MiB" if amount else ""
 
 
 def _describe_pretraining(pretraining: Any, store: Any, parsed: argparse.Namespace) -> str:

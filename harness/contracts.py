@@ -10,6 +10,7 @@ Letters in shapes: `B` batch, `N` images, `H W` pixels, `h w` patch grid, `P = h
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -304,7 +305,8 @@ class Method(Protocol):
     `Config` is a frozen dataclass whose defaults are the paper's. `METHOD_VERSION` is raised when the numbers move.
 
     A class may also have `presets`, named configurations: name -> fields; and `folders`, the configuration fields that
-    hold folders of images or None, which enter ids by their contents and not by their place.
+    hold folders of images or None, which enter ids by their contents and not by their place; and
+    `fit_bytes(config, level_shapes, num_images)`, what fitting so many images holds in memory at most, for admission.
     """
 
     summary: ClassVar[str]
@@ -500,10 +502,32 @@ class Resources:
     cpu: float = 1.0
     gpu: float = 0.0
     memory_gib: float = 0.0
+    """Planning puts what a trial is expected to take where a space says nothing."""
     workers: int = 1
     """Processes that train one trial together; 1 for methods without training."""
     min_workers: int | None = None
     """Go on with as few when nodes are lost, and with more again when they are back; None for all or nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What a trial is expected to take; see `harness.footprint`."""
+
+    feature_bytes: int
+    """Of its stored features, all categories together; 0 where it reads images."""
+    parts: Mapping[str, int]
+    """What its process holds at its largest fit, in bytes, by what it is for."""
+
+    @property
+    def memory_gib(self) -> float:
+        """Of its process in all, upwards to a tenth."""
+        return math.ceil(sum(self.parts.values()) / 2**30 * 10) / 10
+
+    @property
+    def largest(self) -> str:
+        """The largest part and its size, such as `what the method keeps 3.1 GiB`."""
+        name = max(self.parts, key=lambda part: self.parts[part])
+        return f"{name} {self.parts[name] / 2**30:.1f} GiB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -648,6 +672,8 @@ class Trial:
     cells: tuple[Cell, ...] = ()
     tuned: Tuned | None = None
     """None for a configuration that the search space names."""
+    footprint: Footprint | None = None
+    """What it is expected to take, where it was planned."""
 
 
 Job = Trial | Pretraining

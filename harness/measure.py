@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,18 @@ class Meter:
         if self._device.type == "cuda":
             costs["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated(self._device) / 2**20, 1)
         return costs
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the processor or of an accelerator ran out."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+
+
+def free_memory() -> None:
+    """Gives back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _reset_peak_rss() -> None:

@@ -27,6 +27,8 @@ class RunOptions:
     """`axis=value` texts."""
     address: str | None = None
     """Ray cluster to join; None starts one here."""
+    cluster_config: str | None = None
+    """File of the Ray cluster launcher, which says what its autoscaler may add."""
     num_cpus: int | None = None
     """Cores of a Ray started here; None for all."""
     tracking_uri: str | None = None

@@ -12,6 +12,7 @@ from harness.auxiliary import LabelledCategory, read_labelled
 from harness.backbones import check_layers, choose_layers, level_shapes, resolve_backbone
 from harness.contracts import AdgridError, Dataset, DatasetRef, Places, Pretraining, Resources, ResultRow, Trial
 from harness.datasets.checks import Counts, compare_counts
+from harness.footprint import predict_footprint
 from harness.identity import content_id
 from harness.plan_representations import RepresentationPlanner
 from harness.registry import build_config, build_dataset, check_params, load_method, suggest
@@ -262,6 +263,11 @@ class _Reader:
             tests = (one.hashes[sample.path] for one in data.values() for sample in one.test)
             stamps = (*trained.stamps, *self.representations.stamps(trained, tests))
             trial = dataclasses.replace(trial, trained=dataclasses.replace(trained, stamps=stamps))
+        footprint = predict_footprint(resolved, data)
+        if not trial.resources.memory_gib:
+            resources = dataclasses.replace(trial.resources, memory_gib=footprint.memory_gib)
+            trial = dataclasses.replace(trial, resources=resources)
+        trial = dataclasses.replace(trial, footprint=footprint)
         identity = [
             getattr(trial, field)
             for field in ("method", "params", "backbone", "layers", "representation", "shots", "seed", "protocol")

@@ -20,7 +20,7 @@ from harness.details import load_details
 from harness.html_report import render_page
 from harness.identity import canonical_json
 from harness.options import RunOptions
-from harness.placement import check_placement
+from harness.placement import check_placement, read_cluster_limits
 from harness.plan import Plan, make_plan
 from harness.progress import Listener, ProgressBoard
 from harness.report import rows_frame, write_report
@@ -211,13 +211,20 @@ class _Crew(ExitStack):
     def _connect(self, jobs: Sequence[Job]) -> list[dict[str, float]] | None:
         """Starts or joins Ray once; what each node has, or None where an autoscaler may add some."""
         # Imported here: a run that finds everything done never starts Ray, nor pays for importing it.
-        from harness.sweep import connect, list_nodes
+        from harness.sweep import connect, list_nodes, list_reported_limits
 
         if self._nodes is None:
             with self._console.status("starting Ray"):
                 self.enter_context(connect(self._options.address, self._options.num_cpus))
         self._nodes = list_nodes()
-        check_placement(jobs, self._nodes)
+        if self._options.address is None:
+            check_placement(jobs, self._nodes)
+        elif self._options.cluster_config is not None:
+            limits = read_cluster_limits(self._options.cluster_config)
+            check_placement(jobs, [*self._nodes, *limits], "raise the limits of the autoscaler")
+        else:
+            more = "add nodes, or name the file of an autoscaler that may add some with --cluster-config"
+            check_placement(jobs, [*self._nodes, *list_reported_limits()], more)
         return self._nodes if self._options.address is None else None
 
 

@@ -285,8 +285,8 @@ class _SampleRelay(Relay):
     """Gives the cells of a sample that ended early their rows, before the listeners hear that it has ended."""
 
     def __init__(self, listeners: Sequence[Listener], studies: _Studies, store: Store, settings: RunSettings) -> None:
-        super().__init__(listeners, lambda config: config["sample"].trial)
-        self._studies, self._store, self._settings = studies, store, settings
+        super().__init__(listeners, lambda config: config["sample"].trial, store, settings)
+        self._studies = studies
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._settle(trial, "it ended without a row for this cell")

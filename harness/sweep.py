@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -23,8 +23,11 @@ from harness.placement import Amounts, max_in_flight, worker_bundle
 from harness.progress import Listener
 from harness.rows import unfinished_row
 from harness.store import Store
-from harness.trial import find_open_cells, is_of_this_start, most_failures, run_job
+from harness.trial import find_open_cells, is_of_this_start, memory_key, most_failures, run_job
 from harness.watch import Observer, Watch
+
+MOST_OF_A_KIND = 1000
+"""Nodes of one kind that are reckoned with, where an autoscaler has no limit."""
 
 
 @contextmanager
@@ -67,6 +70,22 @@ def connect(address: str | None, num_cpus: int | None = None) -> Iterator[None]:
 def list_nodes() -> list[dict[str, float]]:
     """What each living node of the connected cluster has in all."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def list_reported_limits() -> list[dict[str, float]]:
+    """What each node has that an autoscaler may add at most, where it tells Ray; KubeRay's does."""
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    return [] if config is None else _expand_groups(config.node_group_configs)
+
+
+def _expand_groups(groups: Iterable[Any]) -> list[dict[str, float]]:
+    nodes: list[dict[str, float]] = []
+    for group in groups:
+        most = group.max_count if group.max_count >= 0 else MOST_OF_A_KIND
+        nodes += [{name: float(amount) for name, amount in group.resources.items()}] * min(most, MOST_OF_A_KIND)
+    return nodes
 
 
 def run_trials(
@@ -168,7 +187,7 @@ def _run_alike(
     trials: Sequence[Job], settings: RunSettings, listeners: Sequence[Listener], store: Store, in_flight: int
 ) -> dict[str, ResultRow]:
     """Rows by cell id of trials that are all single processes or all groups of workers."""
-    relay = Relay(listeners, lambda config: trials[config["trial"]])
+    relay = Relay(listeners, lambda config: trials[config["trial"]], store, settings)
     with tempfile.TemporaryDirectory(prefix="adgrid-tune-") as folder:
         tuner = tune.Tuner(
             tune.with_resources(
@@ -268,9 +287,16 @@ def _run_here(trial: Job, settings: RunSettings, report: Callable[[dict[str, Any
 class Relay(tune.Callback):
     """Hands what Tune hears to the listeners, as our own types."""
 
-    def __init__(self, listeners: Sequence[Listener], find_job: Callable[[dict[str, Any]], Job]) -> None:
-        """Args: whom to tell; our job behind the configuration of a trial of Tune."""
+    def __init__(
+        self,
+        listeners: Sequence[Listener],
+        find_job: Callable[[dict[str, Any]], Job],
+        store: Store,
+        settings: RunSettings,
+    ) -> None:
+        """Args: whom to tell; our job behind the configuration of a trial of Tune; where the run keeps its notes."""
         self._listeners, self._find_job = listeners, find_job
+        self._store, self._settings = store, settings
         self.rows: dict[str, dict[str, ResultRow]] = defaultdict(dict)
         """By trial id and cell id."""
 
@@ -311,6 +337,11 @@ class Relay(tune.Callback):
             listener.ended(self._ours(trial))
 
     on_trial_error = on_trial_complete
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        ours = self._ours(trial)
+        if isinstance(ours, Trial) and ray.exceptions.OutOfMemoryError.__name__ in (trial.get_error() or ""):
+            self._store.publish(memory_key(ours, self._settings), b"", lasting=False)
 
     def _ours(self, trial: Any) -> Job:
         return self._find_job(trial.config)

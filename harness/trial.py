@@ -6,13 +6,15 @@ Several workers may run a trial together: all of them call `run_trial`, the firs
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from harness.contracts import Cell, Job, Pretraining, ResultRow, RunSettings, Trial
 from harness.details import publish_details
 from harness.evaluate import Evaluation, evaluate, score_columns
 from harness.fitting import FittedMethod, is_being_extracted
+from harness.measure import free_memory, is_out_of_memory
 from harness.notes import Notify
 from harness.pretraining import MAX_FAILURES, run_pretraining
 from harness.resolve import CategoryData, ResolvedTrial, identify_cells, open_dataset, read_category, resolve_trial
@@ -25,6 +27,10 @@ from harness.workers import ALONE, Workers, is_lost_worker
 
 MAX_ATTEMPTS = 2
 """How often a cell is started in one run; a cell whose worker died each time is a failed row, not tried for ever."""
+
+
+LESS_MEMORY = 4
+"""By how much smaller batches are where memory ran out."""
 
 
 class WorkerDied(RuntimeError):
@@ -138,7 +144,9 @@ def run_group(
         notify(cells[0].category, "reading images", 0, 1)
         data = read_group(resolved, cells, settings)
         fresh = workers.agree([cell for cell, prediction in stored.items() if prediction is None])
-        fitted = FittedMethod(resolved, data, store, settings, notify, workers, observer) if fresh else None
+        was_killed = workers.size == 1 and store.exists(memory_key(resolved.trial, settings))
+        if fresh:
+            fitted, frugal = _fit(resolved, data, store, settings, notify, workers, observer, was_killed)
     except Exception as error:
         yield from _save_failed(store, resolved.trial, cells, error, settings, workers)
         return
@@ -146,8 +154,13 @@ def run_group(
         prediction = stored.get(cell)
         try:
             if cell in fresh:
-                assert fitted is not None
-                prediction = fitted.predict(cell)
+                try:
+                    prediction = fitted.predict(cell)
+                except Exception as error:
+                    if frugal or workers.size > 1 or not is_out_of_memory(error):
+                        raise
+                    fitted, frugal = _fit(resolved, data, store, settings, notify, workers, observer, True)
+                    prediction = fitted.predict(cell)
         except Exception as error:
             yield from _save_failed(store, resolved.trial, [cell], error, settings, workers)
         else:
@@ -155,6 +168,38 @@ def run_group(
                 assert prediction is not None
                 rescored = cell not in fresh
                 yield _finish(resolved, cell, data[cell.category], prediction, rescored, store, settings, notify)
+
+
+def _fit(
+    resolved: ResolvedTrial,
+    data: Mapping[str, CategoryData],
+    store: Store,
+    settings: RunSettings,
+    notify: Notify,
+    workers: Workers,
+    observer: Observer | None,
+    frugal: bool,
+) -> tuple[FittedMethod, bool]:
+    """A fitted method, and whether it took less memory than usual: once more where it ran out of it.
+
+    The workers of a group fit in step, so none of them tries again by itself.
+    """
+    if not frugal:
+        try:
+            return FittedMethod(resolved, data, store, settings, notify, workers, observer), False
+        except Exception as error:
+            if workers.size > 1 or not is_out_of_memory(error):
+                raise
+    free_memory()
+    smaller = dataclasses.replace(settings, batch_size=max(1, settings.batch_size // LESS_MEMORY))
+    fitted = FittedMethod(resolved, data, store, smaller, notify, workers, observer)
+    fitted.warnings.append(f"run again in batches of {smaller.batch_size}, out of memory before")
+    return fitted, True
+
+
+def memory_key(trial: Trial, settings: RunSettings) -> str:
+    """Where it is noted that the process of a trial was killed because its node ran out of memory."""
+    return f"attempts/{settings.invocation}/{trial.trial_id}.memory"
 
 
 def _finish(

@@ -21,7 +21,7 @@ and pixel AUROC 96.7, AUPRO 90.1 with ResNet18, 100 channels; resize 256, crop 2
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -96,6 +96,20 @@ class Padim:
     def inputs(cls, config: _Config) -> Inputs:
         """Features of the frozen backbone."""
         return "features"
+
+    @classmethod
+    def fit_bytes(cls, config: _Config, level_shapes: Sequence[tuple[int, int, int]], num_images: int) -> int:
+        """Bytes at most held by a fit of so many images with (D, h, w) levels: the chosen channels of all levels, and
+        the Gaussians in float64."""
+        available = sum(depth for depth, _, _ in level_shapes)
+        share = count_channels(config, available) / available
+        sizes = [(depth * share, height * width) for depth, height, width in level_shapes]
+        levels = num_images * sum(depth * positions for depth, positions in sizes)
+        gaussians = 0.0
+        for number, (depth, positions) in enumerate(sizes):
+            coarser = sum(other for other, _ in sizes[number:]) if config.combine == "concat" else depth
+            gaussians += positions * depth * min(coarser, 2.0 * num_images)
+        return int(4 * levels + 8 * gaussians)
 
     def __init__(self, config: _Config, context: Context) -> None:
         self.config, self.context = config, context

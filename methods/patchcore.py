@@ -24,7 +24,7 @@ crop 224: `search_spaces/patchcore_mvtec.yaml`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from harness.contracts import Batch, Context, Inputs, LevelChoice, Prediction, Split
 from methods.components.levels import collect_levels
-from methods.components.memory_bank import BankSettings, MemoryBank
+from methods.components.memory_bank import BankSettings, MemoryBank, bank_bytes
 
 METHOD_VERSION = 1
 
@@ -62,6 +62,11 @@ class PatchCore:
     def inputs(cls, config: _Config) -> Inputs:
         """Features of the frozen backbone."""
         return "features"
+
+    @classmethod
+    def fit_bytes(cls, config: _Config, level_shapes: Sequence[tuple[int, int, int]], num_images: int) -> int:
+        """Bytes at most held by a fit of so many images with (D, h, w) levels."""
+        return bank_bytes(config, level_shapes, num_images)
 
     def __init__(self, config: _Config, context: Context) -> None:
         self.bank = MemoryBank([width for width, _, _ in context.level_shapes], config, context)

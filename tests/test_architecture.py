@@ -15,7 +15,7 @@ LAYERS = [
     ["taps", "imagebind", "positions", "backbone_table", "download", "weights", "backbones", "backbone_check"],
     ["feature_store", "image_split", "features", "stages", "auxiliary"],
     ["matrices", "tables", "matrix_page", "figures", "truth", "given_references", "resolve", "represented"],
-    ["evaluate", "rows", "fitting", "sheets", "details"],
+    ["evaluate", "rows", "footprint", "fitting", "sheets", "details"],
     ["reference_source", "pretraining", "trial", "training"],
     ["search", "study", "space", "plan_representations", "study_plan", "plan", "progress", "dataset_check"],
     ["published", "matching", "estimates", "compare", "comparison_figures", "comparison_tables", "reproduction"],

@@ -175,6 +175,19 @@ class MemoryBank:
         return self.index
 
 
+def bank_bytes(settings: BankSettings, level_shapes: Sequence[tuple[int, int, int]], num_images: int) -> int:
+    """Bytes at most held by `MemoryBank.fit` for so many images with (D, h, w) levels: the levels, and beside them the
+    projected patches of which the coreset is chosen, or the memory bank that is made of it, twice while it is indexed.
+    """
+    patches = num_images * level_shapes[0][1] * level_shapes[0][2]
+    levels = num_images * sum(depth * height * width for depth, height, width in level_shapes)
+    official = settings.aggregation == "official"
+    width = settings.target_width if official else sum(depth for depth, _, _ in level_shapes)
+    projected = 0 if settings.coreset_ratio == 1 else patches * min(width, settings.projection or width)
+    bank = 2 * max(1, int(patches * settings.coreset_ratio)) * width
+    return 4 * (levels + max(projected, bank) + 4 * FLOATS_AT_ONCE)
+
+
 def rarity(index: MemoryIndex, worst: Tensor, entry: Tensor, num_crowd: int) -> Tensor:
     """(B,) weights of PatchCore's equation 7: one minus the softmax, at the nearest entry, of the worst patch's
     distances to that entry and its neighbours in the memory bank, `num_crowd` together."""
