@@ -68,6 +68,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(handle=_run)
 
+    submit = commands.add_parser(
+        "submit",
+        help="run a search space as a job of a Ray cluster",
+        usage="adgrid submit SPACE [options] -- [options of run]",
+    )
+    submit.add_argument("space", help="YAML file here")
+    submit.add_argument("--dashboard", default="http://127.0.0.1:8265", help="of the cluster (default: port 8265 here)")
+    submit.add_argument("--ship-code", action="store_true", help="send this checkout's code along")
+    submit.add_argument("--python", default="python", help="interpreter on the cluster's nodes (default: python)")
+    submit.add_argument("--no-wait", dest="wait", action="store_false", help="do not wait for the end")
+    submit.add_argument(
+        "run_options", nargs="*", metavar="-- OPTIONS", help="of `adgrid run`, with paths of the cluster"
+    )
+    submit.set_defaults(handle=_submit)
+
     plan = commands.add_parser("plan", help="show what a run would do; computes nothing")
     plan.add_argument("space", help="YAML file")
     _add_places(plan)
@@ -246,6 +261,24 @@ def _run(parsed: argparse.Namespace, console: Console, command: str) -> int:
             shown = f"{shlex.quote(str(Path(sys.executable).parent))}/{shown}"
         console.print(f"MLflow      {shown}", soft_wrap=True)
     return 1 if outcome.num_failed else 0
+
+
+def _submit(parsed: argparse.Namespace, console: Console, command: str) -> int:
+    from harness.space import load_space
+    from harness.submit import follow, submit
+
+    load_space(parsed.space)  # mistakes are told here, not on the cluster
+    chosen = _parser().parse_args(["run", parsed.space, *parsed.run_options])
+    if "://" not in chosen.root and not Path(chosen.root).is_absolute():
+        raise AdgridError(
+            f"--root {chosen.root}: the job runs elsewhere; after --, give a path or URI that all nodes of the cluster see, "
+            f"such as --root /mnt/shared/results"
+        )
+    client, job = submit(parsed.space, parsed.run_options, parsed.dashboard, parsed.ship_code, parsed.python)
+    console.print(f"job {job} on {parsed.dashboard}; `ray job stop {job}` ends it, finished rows stay", soft_wrap=True)
+    if not parsed.wait:
+        return 0
+    return 0 if follow(client, job, lambda text: console.out(text, end="", highlight=False)) else 1
 
 
 def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:

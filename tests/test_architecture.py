@@ -33,7 +33,7 @@ LAYERS = [
         "tracking",
         "mirrored",
     ],
-    ["run_folder", "tracker", "sources", "compare_commands", "rescore"],
+    ["run_folder", "tracker", "sources", "compare_commands", "rescore", "submit"],
     ["run", "report_commands", "mlflow_commands"],
     ["cli"],
 ]
@@ -44,7 +44,13 @@ HOMES = {
     "pandas": {"harness/report.py"},
     "ray.tune": {"harness/sweep.py", "harness/studies.py", "harness/study_track.py"},
     "ray.train": {"harness/training.py"},
-    "ray": {"harness/sweep.py", "harness/studies.py", "harness/study_track.py", "harness/training.py"},
+    "ray": {
+        "harness/sweep.py",
+        "harness/studies.py",
+        "harness/study_track.py",
+        "harness/submit.py",
+        "harness/training.py",
+    },
     "matplotlib": {"harness/figures.py", "harness/study_figures.py"},
 }
 
