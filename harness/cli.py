@@ -24,7 +24,10 @@ from harness.contracts import AdgridError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `adgrid`; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(words)
+    # What follows `--` is for `adgrid run` on a cluster.
+    mine = words[: words.index("--")] if words[:1] == ["submit"] and "--" in words else words
+    options = _parser().parse_args(mine)
+    options.run_options = words[len(mine) + 1 :]
     console = Console(highlight=False)
     try:
         return options.handle(options, console, shlex.join(["adgrid", *words]))
@@ -271,8 +274,8 @@ def _submit(parsed: argparse.Namespace, console: Console, command: str) -> int:
     chosen = _parser().parse_args(["run", parsed.space, *parsed.run_options])
     if "://" not in chosen.root and not Path(chosen.root).is_absolute():
         raise AdgridError(
-            f"--root {chosen.root}: the job runs elsewhere; after --, give a path or URI that all nodes of the cluster see, "
-            f"such as --root /mnt/shared/results"
+            f"--root {chosen.root}: the job runs elsewhere; after --, give a path or URI that all nodes of the "
+            f"cluster see, such as --root /mnt/shared/results"
         )
     client, job = submit(parsed.space, parsed.run_options, parsed.dashboard, parsed.ship_code, parsed.python)
     console.print(f"job {job} on {parsed.dashboard}; `ray job stop {job}` ends it, finished rows stay", soft_wrap=True)

@@ -1,7 +1,7 @@
 """`adgrid submit`: a search space as a job of a running Ray cluster, whose driver outlives the terminal.
 
-The job is `adgrid run` on the cluster's head. It gets the space, and on request the code of this checkout; data, weights
-and results lie where all nodes find them.
+The job is `adgrid run` on the cluster's head. It gets the space, and on request the code of this checkout; data,
+weights and results lie where all nodes find them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def submit(
         if ship_code:
             for name in PACKAGES:
                 source = importlib.util.find_spec(name)
-                assert source is not None and source.origin is not None
+                assert source is not None
+                assert source.origin is not None
                 ignored = shutil.ignore_patterns("__pycache__")
                 shutil.copytree(Path(source.origin).parent, Path(folder) / name, ignore=ignored)
         command = [python, "-m", "harness.cli", "run", "space.yaml", "--address", "auto", *run_options]
@@ -69,8 +70,8 @@ def _explain(dashboard: str, error: Exception) -> str:
         return "adgrid submit: needs Ray's dashboard; `pip install 'adgrid[cluster]'` here and on the cluster's head"
     return (
         f"--dashboard {dashboard}: no Ray dashboard answers ({str(error).splitlines()[0]}); start the head with "
-        f"`ray start --head` and adgrid[cluster] installed, forward its port with `ray dashboard cluster.yaml`, or give "
-        f"its address"
+        f"`ray start --head` and adgrid[cluster] installed, forward its port with `ray dashboard cluster.yaml`, or "
+        f"give its address"
     )
 
 
