@@ -6,25 +6,32 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from runs import SPACE, SmallRun
+
+from harness.cli import main
 
 pytestmark = pytest.mark.ray
 TUNED = SPACE.replace("[toy_features]", "[toy_features, {name: toy_tuned, params: {epochs: 2}}]")
 TUNED += "resources: {cpu: 1, workers: 2}\n"
 
 
-@pytest.fixture
-def address():
-    """Address of a head without cores and two nodes of one core each, every one a process of its own."""
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def real_nodes(*head_options, num_workers=2):
+    """Address of a head without cores and nodes of one core each, every one a process of its own, and a way to start
+    again a node that has ended."""
+    address = f"127.0.0.1:{free_port()}"
     ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
-    head = ["--head", f"--port={address.split(':')[1]}", "--num-cpus=0", "--include-dashboard=false"]
+    head = ["--head", f"--port={address.split(':')[1]}", "--num-cpus=0", *head_options]
     place = ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
 
@@ -32,32 +39,46 @@ def address():
         return subprocess.Popen([*ray, *options, *place], **quiet)
 
     nodes = [start(*head)]
-    deadline = time.monotonic() + 60
+    try:
+        wait_for(address)
+        worker = f"--address={address}", "--num-cpus=1"
+        nodes += [start(*worker) for _ in range(num_workers)]
+
+        def revive():
+            """Nodes that start side by side on one machine may choose the same port, which ends one of them."""
+            for number, node in enumerate(nodes):
+                if number > 0 and node.poll() is not None:
+                    nodes[number] = start(*worker)
+
+        yield address, revive
+    finally:
+        for node in nodes:
+            with suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGTERM)
+        for node in nodes:
+            try:
+                node.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                os.killpg(node.pid, signal.SIGKILL)
+                node.wait()
+
+
+def wait_for(address, seconds=60):
+    """Until something listens there."""
+    host, port = address.split(":")
+    deadline = time.monotonic() + seconds
     while True:
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", int(address.split(":")[1]))) == 0:
-                break
+            if probe.connect_ex((host, int(port))) == 0:
+                return
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    worker = f"--address={address}", "--num-cpus=1"
-    nodes += [start(*worker), start(*worker)]
 
-    def revive():
-        """Nodes that start side by side on one machine may choose the same port, which ends one of them."""
-        for number, node in enumerate(nodes):
-            if number > 0 and node.poll() is not None:
-                nodes[number] = start(*worker)
 
-    yield address, revive
-    for node in nodes:
-        with suppress(ProcessLookupError):
-            os.killpg(node.pid, signal.SIGTERM)
-    for node in nodes:
-        try:
-            node.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
+@pytest.fixture
+def address():
+    with real_nodes("--include-dashboard=false") as cluster:
+        yield cluster
 
 
 def test_the_command_line_runs_groups_of_workers_on_real_nodes(tmp_path, places, address):
@@ -84,3 +105,24 @@ def test_the_command_line_runs_groups_of_workers_on_real_nodes(tmp_path, places,
         for category in ("small", "middle", "large")
     }
     assert {row.costs["workers"] for row in rows if row.method == "toy_tuned"} == {2}
+
+
+@pytest.mark.slow
+def test_a_space_is_submitted_as_a_job_and_its_rows_and_output_come_back(tmp_path, places, capfd):
+    pytest.importorskip("aiohttp_cors", reason="the extra `cluster` is not installed")
+    run = SmallRun(tmp_path, places)
+    space = tmp_path / "space.yaml"
+    space.write_text(SPACE)
+    dashboard = f"127.0.0.1:{free_port()}"
+    options = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard.split(':')[1]}"]
+    told = ["--root", run.root, "--random-weights", "--cache-dir", places.cache_dir, "--tracking-uri", "off"]
+    with real_nodes(*options, num_workers=1) as (_, revive):
+        wait_for(dashboard, 120)
+        revive()
+        time.sleep(5)
+        arguments = ["submit", str(space), "--dashboard", f"http://{dashboard}", "--python", sys.executable]
+        assert main([*arguments, "--", *told, "--no-pictures"]) == 0
+    output = capfd.readouterr().out
+    assert "3 cells: 3 computed now" in output
+    assert {row.status for row in run.store.load_rows().values()} == {"ok"}
+    assert len(run.store.load_rows()) == 3
