@@ -21,6 +21,8 @@ from harness.contracts import AdgridError
 
 LOOK_SECONDS = 1.0
 """Between two looks at a job."""
+AGENT_SECONDS = 60.0
+"""How long a head that has just started may take until it accepts jobs."""
 PACKAGES = ("harness", "methods")
 """What `ship_code` sends."""
 
@@ -58,11 +60,15 @@ def submit(
                 shutil.copytree(Path(source.origin).parent, Path(folder) / name, ignore=ignored)
         command = [python, "-m", "harness.cli", "run", "space.yaml", "--address", "auto", *run_options]
         runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": dict(environment or {})}
-        try:
-            client = JobSubmissionClient(dashboard)
-            return client, client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env)
-        except (ConnectionError, RuntimeError, ImportError) as error:
-            raise AdgridError(_explain(dashboard, error)) from error
+        deadline = time.monotonic() + AGENT_SECONDS
+        while True:
+            try:
+                client = JobSubmissionClient(dashboard)
+                return client, client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env)
+            except (ConnectionError, RuntimeError, ImportError) as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise AdgridError(_explain(dashboard, error)) from error
+            time.sleep(LOOK_SECONDS)
 
 
 def _explain(dashboard: str, error: Exception) -> str:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import multiprocessing
-from pathlib import Path
 
 import pytest
 import torch
 from runs import SPACE, SmallRun
 
+from harness.backbones import FrozenBackbone, resolve_backbone
 from harness.contracts import Footprint
 from harness.datasets.generated import Generated
 from harness.footprint import FACTOR
@@ -51,12 +51,11 @@ def test_the_expected_memory_is_near_the_measured_peak(run):
         assert expected / FACTOR < costs["peak_rss_mib"] < expected * FACTOR, (trial.method, trial.footprint.parts)
 
 
-def test_feature_bytes_are_those_of_the_store(run):
-    plan = run.plan(SPACE, overrides=("protocol.image_size=256",))
-    run.run_plan(plan)
-    (trial,) = plan.trials
-    stored = sum(path.stat().st_size for path in Path(run.places.cache_dir).rglob("*.arrow"))
-    assert trial.footprint.feature_bytes <= stored < 1.5 * trial.footprint.feature_bytes + 2**20
+def test_feature_bytes_are_those_of_what_the_backbone_gives(run):
+    (trial,) = run.plan(SPACE).trials
+    resolved = resolve_backbone(trial.backbone, trial.weights, run.places.cache_dir)
+    levels = FrozenBackbone(resolved, trial.layers, "cpu", image_size=(64, 64)).encode(torch.zeros(14, 3, 64, 64))
+    assert trial.footprint.feature_bytes == 3 * 2 * sum(level.numel() for level in levels)
 
 
 def test_memory_grows_with_images_and_bank(run):
