@@ -159,7 +159,8 @@ def test_a_failing_category_is_a_row_and_the_others_go_on(run, tmp_path, how, ki
     assert rows["middle"].metrics == {}
     again = run(space)
     assert list(again) == ["middle"]
-    assert (tmp_path / "fits").read_text().count("fit") == 2
+    # Where memory ran out, each run has fitted once more in smaller batches.
+    assert (tmp_path / "fits").read_text().count("fit") == (4 if how == "memory" else 2)
 
 
 def test_a_corrupt_image_fails_its_category_and_names_the_file(run, parts):
