@@ -8,7 +8,7 @@ ROOT ?= results
 # Benchmarks compare with other libraries, which live in an environment of their own.
 DATA ?= ../shared/data
 OTHERS := .venv-others
-BENCHES := coreset neighbours metrics padim decoding extraction training cell
+BENCHES := coreset neighbours metrics padim decoding extraction training scale cell
 
 .PHONY: run test test-fast check format ui plan clean bench $(addprefix bench-,$(BENCHES)) bench-cell-padim bench-cell-patchcore
 
@@ -58,6 +58,10 @@ bench-decoding: $(VENV)/.installed
 bench-extraction bench-training: bench-%: $(VENV)/.installed
 	@mkdir -p $(ROOT)
 	$(BIN)/python benchmarks/$*.py --data-root $(DATA) --json $(ROOT)/bench-$*.json
+
+bench-scale: $(VENV)/.installed
+	@mkdir -p $(ROOT)
+	$(BIN)/python benchmarks/scale.py --json $(ROOT)/bench-scale.json
 
 bench-cell: bench-cell-padim bench-cell-patchcore
 
