@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ def free_port():
 
 
 @contextmanager
-def real_nodes(*head_options, num_workers=2):
+def real_nodes(*head_options, num_workers=2, own_folders=False):
     """Address of a head without cores and nodes of one core each, every one a process of its own, and a way to start
     again a node that has ended."""
     address = f"127.0.0.1:{free_port()}"
@@ -42,6 +43,8 @@ def real_nodes(*head_options, num_workers=2):
     try:
         wait_for(address)
         worker = f"--address={address}", "--num-cpus=1"
+        if own_folders:
+            worker += (f"--temp-dir={tempfile.mkdtemp(prefix='ray-', dir='/tmp')}",)
         nodes += [start(*worker) for _ in range(num_workers)]
 
         def revive():
@@ -116,7 +119,8 @@ def test_a_space_is_submitted_as_a_job_and_its_rows_and_output_come_back(tmp_pat
     dashboard = f"127.0.0.1:{free_port()}"
     options = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard.split(':')[1]}"]
     told = ["--root", run.root, "--random-weights", "--cache-dir", places.cache_dir, "--tracking-uri", "off"]
-    with real_nodes(*options, num_workers=1) as (_, revive):
+    # Nodes of one machine that share a folder clear away the files of a job that another one runs.
+    with real_nodes(*options, num_workers=1, own_folders=True) as (_, revive):
         wait_for(dashboard, 120)
         revive()
         time.sleep(5)
