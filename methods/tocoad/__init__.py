@@ -19,7 +19,8 @@ Everything else is ours, not the paper's, and a field of `Config` where it can b
 - Stage I reads the frozen pretrained backbone; only the decoder learns. It has the backbone's widths and grids in
   reverse, bottleneck blocks, bilinear enlargement, and skips from every level; where the backbone's finest grid is
   coarser than 4 pixels (plain ViTs), it goes on to that. Its logits are enlarged to the image for the loss.
-- Perlin anomalies are DRAEM's, on half of the images in stage I. Stage II gives every image one.
+- Perlin anomalies are DRAEM's, on half of the images in stage I; on grey images their textures are grey. Stage II gives
+  every image one.
 - Views differ in colour and noise only, so that features are compared place by place.
 - The term of the guide is max(0, cos(p_a, sg z) - margin), averaged over places with the guide's probability, averaged
   over the area of a place, as weight: p_a predicted from the anomalous view, z of the other, normal view at the same
