@@ -1,7 +1,6 @@
-"""What a trial is expected to take, against what it takes; what happens when memory runs out."""
+"""What a trial is expected to take; what happens when memory runs out."""
 
 import dataclasses
-import multiprocessing
 
 import pytest
 import torch
@@ -9,20 +8,10 @@ from runs import SPACE, SmallRun
 
 from harness.backbones import FrozenBackbone, resolve_backbone
 from harness.contracts import Footprint
-from harness.datasets.generated import Generated
-from harness.footprint import FACTOR
+from harness.footprint import FACTOR, predict_footprint
+from harness.resolve import open_dataset, read_category, resolve_trial
 from harness.store import Store
 from harness.trial import memory_key, run_trial
-
-MEMORY = """
-name: memory
-methods: [{name: padim, params: {num_channels: 160}}, {name: patchcore, params: {coreset_ratio: 0.05}}]
-backbones: [{name: resnet18, layers: [layer2, layer3]}]
-datasets: [generated]
-categories: [%s]
-protocol: {image_size: 224}
-resources: {cpu: 2}
-"""
 
 
 @pytest.fixture
@@ -30,32 +19,43 @@ def run(tmp_path, places):
     return SmallRun(tmp_path, places)
 
 
-def peak_mib(trial, settings, queue):
-    torch.set_num_threads(2)
-    queue.put([dict(row.costs, status=row.status) for row in run_trial(trial, settings)])
-
-
-@pytest.mark.slow
-def test_the_expected_memory_is_near_the_measured_peak(run):
-    category = Generated("generated", None, run.places).category_names()[0]
-    plan = run.plan(MEMORY % category)
-    context = multiprocessing.get_context("spawn")
-    for trial in plan.trials:
-        queue = context.Queue()
-        process = context.Process(target=peak_mib, args=(trial, run.settings(plan), queue))
-        process.start()
-        ((costs),) = queue.get(timeout=250)
-        process.join()
-        assert costs["status"] == "ok"
-        expected = sum(trial.footprint.parts.values()) / 2**20
-        assert expected / FACTOR < costs["peak_rss_mib"] < expected * FACTOR, (trial.method, trial.footprint.parts)
-
-
 def test_feature_bytes_are_those_of_what_the_backbone_gives(run):
     (trial,) = run.plan(SPACE).trials
     resolved = resolve_backbone(trial.backbone, trial.weights, run.places.cache_dir)
     levels = FrozenBackbone(resolved, trial.layers, "cpu", image_size=(64, 64)).encode(torch.zeros(14, 3, 64, 64))
     assert trial.footprint.feature_bytes == 3 * 2 * sum(level.numel() for level in levels)
+
+
+MEASURED = [
+    # method, backbone, training images, test images, side, lowest and highest `peak_rss_mib` of rows on real images
+    ("padim", "tf_efficientnet_lite0", 60, 489, 224, 833, 1028),
+    ("padim", "tf_efficientnet_lite0", 40, 48, 224, 808, 1232),
+    ("padim", "tf_efficientnet_lite0", 209, 83, 224, 815, 815),
+    ("padim", "tf_efficientnet_lite1", 60, 489, 224, 865, 1029),
+    ("padim", "tf_efficientnet_lite2", 40, 48, 224, 1113, 1336),
+    ("padim", "mobilenetv2_100", 304, 329, 224, 2013, 2013),
+    ("patchcore", "tf_efficientnet_lite0", 60, 489, 224, 1788, 1862),
+    ("patchcore", "tf_efficientnet_lite0", 209, 83, 224, 1155, 1155),
+    ("patchcore", "tf_efficientnet_lite2", 209, 83, 224, 1541, 1541),
+    ("patchcore", "tf_efficientnet_lite0", 54, 97, 128, 710, 763),
+    ("feature_norm", "tf_efficientnet_lite0", 209, 83, 128, 606, 657),
+]
+
+
+@pytest.mark.parametrize(("method", "backbone", "num_train", "num_test", "side", "low", "high"), MEASURED)
+def test_the_expected_memory_is_near_measured_peaks(run, method, backbone, num_train, num_test, side, low, high):
+    space = (
+        SPACE.replace("toy_features", method)
+        .replace("toy_resnet", backbone)
+        .replace("image_size: 64", f"image_size: {side}")
+    )
+    (trial,) = run.plan(space, overrides=("categories=small",)).trials
+    resolved = resolve_trial(trial, open_dataset(trial.dataset, run.places), run.places.cache_dir)
+    data = read_category(resolved.dataset, "small", None, 0, run.places.cache_dir)
+    images = {"train": data.train[:1] * num_train, "test": data.test[:1] * num_test}
+    footprint = predict_footprint(resolved, {"small": dataclasses.replace(data, **images)})
+    expected = sum(footprint.parts.values()) / 2**20
+    assert high / FACTOR < expected < low * FACTOR
 
 
 def test_memory_grows_with_images_and_bank(run):
