@@ -537,10 +537,11 @@ def _sync_parent(
     tags["stamps"] = "; ".join(sorted(stamps))
     if finished:
         metrics |= run_means(rows)
-        tags["status"] = "ok" if num_ok == len(statuses) else "failed"
+        expected = int(str((params or parent.params).get("cells", num_ok)))
+        tags["status"] = "failed" if num_ok < len(statuses) else "incomplete" if num_ok < expected else "ok"
     has_changed = _write(client, parent, params=params, metrics=metrics, tags=tags)
     if finished:
-        _set_status(client, parent, "FINISHED" if num_ok == len(statuses) else "FAILED")
+        _set_status(client, parent, {"ok": "FINISHED", "failed": "FAILED", "incomplete": "KILLED"}[tags["status"]])
     elif has_changed:
         _reopen(client, parent)
 

@@ -333,6 +333,13 @@ def test_a_trial_that_was_cut_short_is_not_called_finished(server):
     assert "image_auroc" not in child.data.metrics
 
 
+def test_a_run_that_lacks_planned_cells_is_not_called_finished(server):
+    for cells, expected_state in (("3", ("KILLED", "incomplete")), ("2", ("FINISHED", "ok"))):
+        server.mirror().sync("toys", f"of {cells}", two_trials()[:2], params={"cells": cells}, finished=True)
+        parent = server.parent(f"of {cells}")
+        assert (parent.info.status, parent.data.tags["status"]) == expected_state
+
+
 def test_a_failed_row_fails_its_run_and_gives_no_mean(server):
     rows = [toy_row(0.8), toy_row(None, category="nut")]
     server.mirror().sync("toys", "failed", rows, finished=True)
