@@ -8,7 +8,7 @@ ROOT ?= results
 # Benchmarks compare with other libraries, which live in an environment of their own.
 DATA ?= ../shared/data
 OTHERS := .venv-others
-BENCHES := coreset neighbours metrics padim decoding extraction training scale cell
+BENCHES := coreset neighbours metrics padim decoding extraction training adpretrain scale cell
 
 .PHONY: run test test-fast check format ui plan clean bench $(addprefix bench-,$(BENCHES)) bench-cell-padim bench-cell-patchcore
 
@@ -55,7 +55,7 @@ bench-decoding: $(VENV)/.installed
 	@mkdir -p $(ROOT)
 	$(BIN)/python benchmarks/decoding.py --data-root $(DATA) --rounds 9 --json $(ROOT)/bench-decoding.json
 
-bench-extraction bench-training: bench-%: $(VENV)/.installed
+bench-extraction bench-training bench-adpretrain: bench-%: $(VENV)/.installed
 	@mkdir -p $(ROOT)
 	$(BIN)/python benchmarks/$*.py --data-root $(DATA) --json $(ROOT)/bench-$*.json
 

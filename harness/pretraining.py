@@ -33,7 +33,7 @@ from harness.feature_store import FeatureStore
 from harness.features import FeatureSplit, feature_split
 from harness.fitting import draw_curve, interleave, pick_device
 from harness.image_split import ImageSplit
-from harness.notes import Notify
+from harness.notes import Loss, Notify
 from harness.quantisation import quantise
 from harness.reference_source import choose_source
 from harness.registry import build_config, load_method, load_representation
@@ -128,7 +128,8 @@ def _train(pretraining: Pretraining, store: Store, settings: RunSettings, notify
 
     def report(done: int, total: int, loss: float) -> None:
         losses.append(loss)
-        tell(f"pretraining {draw_curve(losses)} loss {loss:.4g}, epoch", done, total)
+        point = Loss(context.categories, stage.name, done, loss)
+        notify(name, f"pretraining {draw_curve(losses)} loss {loss:.4g}, epoch", done, total, point)
 
     checkpoints = StoredCheckpoints(store, pretraining.trial_id, workers, settings.checkpoint_seconds)
     curve = train_stage(
