@@ -15,7 +15,7 @@ table { border-collapse: collapse }
 th { text-align: left; padding: .35rem .7rem; font-weight: 600 }
 td, thead th:not([scope=row]) { text-align: right; padding: .35rem .7rem; font-variant-numeric: tabular-nums }
 tbody th { font-weight: 400; white-space: nowrap }
-td { border: 1px solid Canvas }
+td { border: 1px solid Canvas; white-space: nowrap }
 td.best { font-weight: 700 }
 td.second { text-decoration: underline }
 td.hole { color: #b3261e }
