@@ -72,7 +72,7 @@ def test_plan_names_missing_weights_and_data(call, space, tmp_path):
         (["plan", "SPACE", "--set", "categories=huge"], "leave nothing"),
         (["plan", "SPACE", "--set", "backbones=resnet1888"], "resnet1888"),
         (["plan", "SPACE", "--random-weights", "--set", "shots=100"], "100"),
-        (["report", "absent"], "no such run"),
+        (["report", "absent"], "no such folder; name the storage root"),
         (["datasets", "check"], "name a dataset"),
         (["datasets", "show"], "name a dataset"),
         (["datasets", "check", "flder"], "did you mean 'folder'"),
