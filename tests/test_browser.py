@@ -19,6 +19,7 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: ma
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 pytestmark = [
     pytest.mark.browser,
@@ -230,7 +231,8 @@ def test_the_theme_follows_the_system_and_the_switch(page):
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
     )
     try:
-        assert root.get_attribute("data-theme") == "dark"
+        # The page hears of it a moment later.
+        WebDriverWait(page, 20).until(lambda _: root.get_attribute("data-theme") == "dark")
         dark = one(page, "body").value_of_css_property("background-color")
         one(page, "#theme").send_keys(Keys.ENTER)
         assert (one(page, "#theme").text, root.get_attribute("data-theme")) == ("Light", "light")

@@ -50,8 +50,7 @@ def test_positions_are_resampled_as_the_official_code_does(grid):
 
 def test_the_offset_and_the_missing_antialiasing_are_felt():
     """Otherwise the comparison above could not tell them from timm's own resampling."""
-    from timm.layers import resample_abs_pos_embed
-
+    resample_abs_pos_embed = backbones.import_timm().layers.resample_abs_pos_embed
     positions = torch.randn(1, 1 + 37 * 37, 3, generator=torch.Generator().manual_seed(0))
     official = resample_positions(positions, (16, 16), 1, 0.1)
     assert (official - resample_positions(positions, (16, 16), 1, 0.0)).abs().max() > 0.1
