@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import SPACE, SmallRun, quiet_console
 
 from harness.progress import Listener
 from harness.run import execute
-from harness.sweep import connect, run_trials
+from harness.sweep import Relay, connect, execute_job, run_trials
 
 pytestmark = pytest.mark.ray
 GRID = SPACE.replace(
@@ -64,15 +65,16 @@ class Curves(Listener):
             self.told.setdefault(loss.categories[0], []).append((loss.epoch, loss.value))
 
 
-def test_losses_are_told_while_a_trial_runs(run, tmp_path):
+def test_losses_are_told_while_a_trial_runs(run, monkeypatch):
+    monkeypatch.setattr("harness.notes.NOTE_SECONDS", 0.0)
     plan = run.plan(SPACE.replace("[toy_features]", "[{name: toy_tuned, params: {epochs: 3}}]"))
-    curves = Curves()
-    rows = run_trials(plan.trials, run.settings(plan), [curves])
-    assert curves.told  # of quick stages perhaps the first loss alone
-    for row in rows:
-        whole = list(enumerate(row.curves["tuning"], start=1))
-        told = curves.told.get(row.category, [])
-        assert told == whole[: len(told)]
+    (trial,), settings, curves = plan.trials, run.settings(plan), Curves()
+    relay = Relay([curves], lambda config: trial, run.store, settings)
+    tunes = SimpleNamespace(config={})
+    execute_job(trial, settings, lambda message: relay.on_trial_result(0, [], tunes, message))
+    rows = relay.all_rows.values()
+    assert {row.category: list(enumerate(row.curves["tuning"], start=1)) for row in rows} == curves.told
+    assert sorted(curves.told) == ["large", "middle", "small"]
 
 
 def test_a_cell_that_always_kills_its_worker_is_a_failed_row(run, tmp_path):
