@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from harness.contracts import Job, Resources, RunSettings
 from harness.notes import Notes
 from harness.placement import worker_bundle
-from harness.store import Store
+from harness.store import Store, StoreError
 from harness.trial import most_failures, run_job
 from harness.watch import Observer, Stopped, Watch
 from harness.workers import Workers
@@ -70,6 +70,9 @@ def run_with_workers(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     verdicts = None if watch is None else Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    store = Store(settings.root)
+    # Ray Train takes a file system as it is, since the options of a URI (an endpoint) cannot stand in its path.
+    file_system, storage_path = store.on_object_store("ray_train") or (None, f"{settings.root}/ray_train")
     # A new name each time: under an old one Ray Train would take the run for finished.
     name = f"{trial.trial_id}-{settings.invocation[:8]}-{time.time_ns()}"
     trainer = TorchTrainer(
@@ -84,7 +87,8 @@ def run_with_workers(
         scaling_config=_scaling(trial.resources),
         run_config=_train.RunConfig(
             name=name,
-            storage_path=f"{settings.root}/ray_train",
+            storage_path=storage_path,
+            storage_filesystem=file_system,
             failure_config=_train.FailureConfig(
                 max_failures=most_failures(trial),
                 controller_failure_limit=math.ceil(PATIENCE_SECONDS / start_seconds),
@@ -114,7 +118,7 @@ def run_with_workers(
             if verdicts is not None:
                 verdicts.shutdown()
             messages.shutdown()
-            Store(settings.root).delete_folder(f"ray_train/{name}")
+            store.delete_folder(f"ray_train/{name}")
 
 
 def _scaling(resources: Resources) -> Any:
@@ -166,7 +170,12 @@ def _work(config: dict[str, Any]) -> None:
         owed += 1
 
     observer = None if watch is None else Observer(watch=watch, tell=look, goes_on=goes_on)
-    with suppress(Stopped):
-        for row in run_job(trial, settings, Notes(tell), workers, observer):
+    try:
+        for row in run_job(trial, settings, Notes(tell), workers, observer, lambda left: tell({"left": left})):
             tell({"row": dataclasses.asdict(row)})
             owed += 1
+    except Stopped:
+        pass
+    except StoreError as error:
+        tell({"broken": str(error)})  # the run ends; until then the group may start again in vain
+        raise

@@ -9,7 +9,7 @@ REPO = Path(__file__).parents[1]
 # A module may import those of lower layers, and within a layer only what stands to its left.
 LAYERS = [
     ["contracts"],
-    ["registry", "identity", "measure", "maps", "pixel_counts", "curves", "quantisation", "metrics", "store"],
+    ["registry", "identity", "measure", "maps", "pixel_counts", "curves", "quantisation", "metrics", "store", "claims"],
     ["bundle", "intervals", "ranks"],
     ["workers", "watch", "notes", "checkpoints", "placement", "options", "datasets"],
     ["taps", "imagebind", "positions", "backbone_table", "download", "weights", "backbones", "backbone_check"],
@@ -35,6 +35,7 @@ LAYERS = [
     ],
     ["run_folder", "tracker", "sources", "compare_commands", "rescore", "submit"],
     ["run", "report_commands", "mlflow_commands"],
+    ["golden", "verify"],
     ["cli"],
 ]
 HOMES = {
