@@ -188,9 +188,10 @@ def input_profile(found: Input) -> str:
 
 
 def run_means(rows: Sequence[ResultRow]) -> dict[str, float]:
-    """`<metric>/<dataset>/<method>/<backbone>/<representation>`, and what else varies, for every number of a matrix.
+    """`<metric>/<dataset> <method> <backbone> <representation>`, and what else varies, for every number of a matrix.
 
-    The first five parts are always there, so that runs of different spaces share their columns.
+    The first five parts are always there, so that runs of different spaces share their columns. There is one slash, as
+    MLflow's charts take what stands before the last one for a heading.
     """
     matrices = build_matrices(rows_frame(rows))
     several = len({matrix.protocol_id for matrix in matrices}) > 1
@@ -210,5 +211,6 @@ def run_means(rows: Sequence[ResultRow]) -> dict[str, float]:
             for column, cell in zip(matrix.columns, line.cells, strict=True):
                 if cell.value is not None:
                     protocol = [f"protocol {matrix.protocol_id}"] * several
-                    means["/".join([matrix.metric, *protocol, column, *first, *others])] = cell.value
+                    place = " ".join([*protocol, column, *first, *others]).replace("/", ":")
+                    means[f"{matrix.metric}/{place}"] = cell.value
     return means

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scored_rows import Scored
-from toy_rows import toy_row
+from toy_rows import toy_row, toy_study
 
 from harness.html_report import render_page
 from harness.tables import cell_colour
@@ -40,8 +40,8 @@ def webp(colour, mode="RGB"):
     return base64.b64encode(packed.getvalue()).decode()
 
 
-def make_page():
-    """Two methods on two datasets, one of two categories; a failed cell; pictures that both methods share."""
+def make_page(folder):
+    """Two methods on two datasets, one of two categories; a failed cell; pictures that both methods share; a study."""
     scored = Scored()
     rows = [
         dataclasses.replace(
@@ -63,7 +63,10 @@ def make_page():
               "region_overlap": (rate**0.3).tolist()}  # fmt: skip
     details = {row.cell_id: {"curves": curves, "pictures": pictures} for row in rows}
     rows.append(toy_row(None, dataset="cells", category="mono", method="draem", backbone=None))
-    return rows, render_page(rows, scored.scores, details, title="toys", command="adgrid run toys.yaml")
+    study = toy_study(folder / "parallel_coordinates.png")
+    Image.new("RGB", (64, 32), (9, 99, 40)).save(study[2])
+    page = render_page(rows, scored.scores, details, title="toys", command="adgrid run toys.yaml", studies=[study])
+    return rows, page
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +84,8 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    rows, page = make_page()
     path = tmp_path_factory.mktemp("report") / "report.html"
+    rows, page = make_page(path.parent)
     path.write_text(page, encoding="utf-8")
     return rows, path.as_uri()
 
@@ -250,6 +253,18 @@ def test_cost_is_a_picture_whose_points_lead_to_their_numbers(page):
     page.execute_script("arguments[0].focus()", points[0])
     page.switch_to.active_element.send_keys(Keys.ENTER)
     assert one(page, "#drill-heading").text == "parts"
+
+
+def test_a_study_shows_its_picture_and_its_trials_sort(page):
+    (picture,) = all_of(page, "#studies img")
+    assert page.execute_script("return arguments[0].naturalWidth", picture) == 64
+    assert [line.text for line in all_of(page, "#studies tbody th")] == ["1", "0", "2"]
+    ratio, score = all_of(page, "#studies thead button")[1:3]
+    click(page, ratio)
+    click(page, ratio)  # 0.05, 0.1, 0.25
+    assert [line.text for line in all_of(page, "#studies tbody th")] == ["2", "0", "1"]
+    click(page, score)  # 90.0, 80.0, stopped
+    assert [line.text for line in all_of(page, "#studies tbody th")] == ["1", "0", "2"]
 
 
 def test_the_address_leads_back_to_the_same_place(page, report):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from runs import SmallRun
 from scored_rows import Scored
-from toy_rows import toy_row
+from toy_rows import toy_row, toy_study
 
 from harness.bundle import ImageScores
 from harness.details import load_details, pick_mistakes, remake_details
@@ -173,6 +173,22 @@ def test_no_rows_make_a_page_too():
     page = render_page([], {}, {}, title="empty", command="adgrid run empty.yaml")
     assert page_data(page)["matrices"] == []
     assert "0 cells" in page
+
+
+def test_a_study_shows_its_trials_the_best_first_and_what_it_was_tuned_on(scored, tmp_path):
+    study = toy_study(tmp_path / "parallel.png")
+    page = render_page([scored(1.0)], scored.scores, {}, title="t", command="c", studies=[study])
+    section = re.search(r'<section id="studies".*?</section>', page, re.DOTALL)[0]
+    assert "3 configurations by random search over ratio loguniform [0.01, 0.5]" in section
+    assert "Tuned on parts/nut by image_auroc, reported on parts/bolt" in section
+    trials = re.findall(r'<th scope="row">(\d)</th><td>(.*?)</td><td class="num">(.*?)</td>', section)
+    assert trials == [("1", "0.25", "<b>90.0</b>"), ("0", "0.1", "80.0"), ("2", "0.05", "stopped")]
+    assert "<img" not in section  # no picture, no hole
+    Image.new("RGB", (4, 3)).save(study[2])
+    page = render_page([scored(1.0)], scored.scores, {}, title="t", command="c", studies=[study])
+    data = re.search(r'alt="Parallel coordinates of the trials" src="data:image/png;base64,(.*?)"', page)[1]
+    assert base64.b64decode(data) == study[2].read_bytes()
+    assert 'id="studies"' not in render_page([scored(1.0)], scored.scores, {}, title="t", command="c")
 
 
 def test_the_data_cannot_close_their_script(scored):

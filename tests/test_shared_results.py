@@ -163,7 +163,7 @@ def test_both_runs_share_the_columns_of_their_means_and_saw_the_machine(runs):
     for parent in parents:
         means = {key for key in parent.data.metrics if key.startswith("image_auroc/")}
         methods = ("toy_features", "toy_spoiled", "toy_tuned")
-        assert means == {f"image_auroc/toy_squares/{method}/toy_resnet/plain" for method in methods}
+        assert means == {f"image_auroc/toy_squares {method} toy_resnet plain" for method in methods}
         assert "system/cpu_utilization_percentage" in parent.data.metrics
         children = find(runs.uri, f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'")
         assert len(children) == 3
@@ -217,7 +217,7 @@ def test_matrices_are_attached_as_csv_table_picture_and_page(runs, monkeypatch):
     exec(documented("python").replace("small_five_by_five-1a2b3c4d", runs.bad), names)
     table = names["matrix"]
     assert table["method"].tolist() == ["toy_features", "toy_spoiled", "toy_tuned"]
-    key = "image_auroc/toy_squares/toy_spoiled/toy_resnet/plain"
+    key = "image_auroc/toy_squares toy_spoiled toy_resnet plain"
     assert table["toy_squares"][1] == pytest.approx(parent.data.metrics[key])
 
 

@@ -229,8 +229,8 @@ def test_the_images_of_a_trial_are_a_dataset_with_a_fingerprint(server, monkeypa
 def test_a_metric_without_masks_is_not_there(server):
     server.mirror().sync("toys", "masks", two_trials(), finished=True)
     assert not any(key.startswith(("pixel", "aupro")) for key in server.children("masks")[1].data.metrics)
-    assert "pixel_auroc/parts/padim/resnet18/plain" in server.parent("masks").data.metrics
-    assert "pixel_auroc/parts/patchcore/resnet18/plain" not in server.parent("masks").data.metrics
+    assert "pixel_auroc/parts padim resnet18 plain" in server.parent("masks").data.metrics
+    assert "pixel_auroc/parts patchcore resnet18 plain" not in server.parent("masks").data.metrics
 
 
 def test_the_parent_holds_the_numbers_of_the_matrices(server):
@@ -243,9 +243,9 @@ def test_the_parent_holds_the_numbers_of_the_matrices(server):
     metrics = server.parent("means").data.metrics
     (matrix,) = build_matrices(rows_frame(rows), ["image_auroc"])
     assert [
-        metrics[f"image_auroc/parts/{name}"]
-        for name in ("padim/resnet18/plain", "patchcore/resnet18/plain", "draem/none/none")
-    ] == (matrix.numbers)
+        metrics[f"image_auroc/parts {name}"]
+        for name in ("padim resnet18 plain", "patchcore resnet18 plain", "draem none none")
+    ] == matrix.numbers
     assert (metrics["cells_ok"], metrics["cells_without_number"]) == (6, 0)
 
 
@@ -253,12 +253,12 @@ def test_swept_parameters_and_protocols_keep_their_means_apart(server):
     rows = [toy_row(0.8, params={"ratio": 0.1}), toy_row(0.9, params={"ratio": 0.25})]
     server.mirror().sync("toys", "sweep", rows, finished=True)
     metrics = server.parent("sweep").data.metrics
-    assert metrics["image_auroc/parts/padim/resnet18/plain/ratio:0.1"] == 0.8
-    assert metrics["image_auroc/parts/padim/resnet18/plain/ratio:0.25"] == 0.9
+    assert metrics["image_auroc/parts padim resnet18 plain ratio:0.1"] == 0.8
+    assert metrics["image_auroc/parts padim resnet18 plain ratio:0.25"] == 0.9
     other = toy_row(0.5, protocol={"aupro_limit": 0.05})
     server.mirror().sync("toys", "protocols", [toy_row(0.8), other], finished=True)
     metrics = server.parent("protocols").data.metrics
-    assert metrics[f"image_auroc/protocol {other.protocol_id}/parts/padim/resnet18/plain"] == 0.5
+    assert metrics[f"image_auroc/protocol {other.protocol_id} parts padim resnet18 plain"] == 0.5
 
 
 def test_stamps_are_a_tag(server):

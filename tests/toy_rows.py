@@ -1,7 +1,8 @@
-"""Result rows written by hand, for the tests of reports, pictures and the mirror."""
+"""Result rows and a study written by hand, for the tests of reports, pictures and the mirror."""
 
 from harness.contracts import ResultRow
 from harness.identity import content_id
+from harness.study import read_study
 
 PROTOCOL = {
     "image_size": [224, 224],
@@ -49,3 +50,22 @@ def toy_row(value=0.9, method="padim", backbone="resnet18", dataset="parts", cat
         "traceback": "Traceback (most recent call last):\n  ValueError" if value is None else "",
     }
     return ResultRow(**{**row, **changes})
+
+
+def toy_study(picture):
+    """A study as its run keeps it: the second sample is the best, the third was stopped; and its picture."""
+    rows = [toy_row(score, category="nut", params={"ratio": ratio}) for ratio, score in ((0.1, 0.8), (0.25, 0.9))]
+    rows.append(toy_row(None, category="nut", params={"ratio": 0.05}, status="stopped", reason="worse than the others"))
+    record = {
+        "method": "padim",
+        "backbone": "resnet18",
+        "search": {"objective": "image_auroc", "searcher": "random"},
+        "distributions": {"ratio": {"loguniform": [0.01, 0.5]}},
+        "tuned_on": ["parts/nut"],
+        "reported": ["parts/bolt"],
+        "samples": [
+            {"number": number, "params": dict(row.params), "cell_ids": {"nut": row.cell_id}}
+            for number, row in enumerate(rows)
+        ],
+    }
+    return record, read_study(record, {row.cell_id: row for row in rows}), picture

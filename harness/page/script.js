@@ -428,6 +428,12 @@ function drawPareto() {
 
 /* --- sortable lists --- */
 
+/* Numbers by size, text by its letters, a text below every number. */
+function compareTexts(a, b) {
+  const [first, second] = [a, b].map((text) => (text.trim() === "" ? NaN : Number(text)));
+  if (Number.isNaN(first) !== Number.isNaN(second)) return Number.isNaN(first) ? -1 : 1;
+  return Number.isNaN(first) ? a.localeCompare(b, "en", { numeric: true }) : first - second;
+}
 for (const table of document.querySelectorAll("table.sortable")) {
   table.querySelectorAll("thead th").forEach((head, column) => {
     const button = node("button", { type: "button" }, ...head.childNodes);
@@ -438,7 +444,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       for (const other of table.querySelectorAll("thead th")) other.setAttribute("aria-sort", "none");
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
       const rows = [...table.tBodies[0].rows], value = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent;
-      rows.sort((a, b) => (down ? -1 : 1) * value(a).localeCompare(value(b), "en", { numeric: true }));
+      rows.sort((a, b) => (down ? -1 : 1) * compareTexts(value(a), value(b)));
       table.tBodies[0].append(...rows);
     });
   });
