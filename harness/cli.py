@@ -164,6 +164,10 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="compute small cells whose numbers are known, and compare")
     verify.add_argument("--gpu", action="store_true", help="every method on the accelerator against the CPU's numbers")
+    verify.add_argument(
+        "--chaos", type=int, metavar="N", help="kill N processes of runs at random moments, and compare what is left"
+    )
+    verify.add_argument("--seed", type=int, default=0, help="of the order and the moments of --chaos (default: 0)")
     _add_cluster(verify)
     _add_places(verify)
     verify.set_defaults(handle=_verify)
@@ -404,6 +408,12 @@ def _rescore(parsed: argparse.Namespace, console: Console, command: str) -> int:
 def _verify(parsed: argparse.Namespace, console: Console, command: str) -> int:
     from harness.verify import verify_accelerator, verify_golden
 
+    if parsed.chaos is not None:
+        from harness.chaos import run_chaos, show_chaos
+
+        outcome = run_chaos(parsed.chaos, parsed.seed, _options(parsed), console)
+        show_chaos(outcome, console)
+        return 1 if outcome.problems else 0
     verify = verify_accelerator if parsed.gpu else verify_golden
     return 0 if verify(_options(parsed), console, command) else 1
 

@@ -35,7 +35,7 @@ LAYERS = [
     ],
     ["run_folder", "tracker", "sources", "compare_commands", "rescore", "submit"],
     ["run", "report_commands", "mlflow_commands"],
-    ["golden", "verify"],
+    ["golden", "verify", "audit", "chaos"],
     ["cli"],
 ]
 HOMES = {
