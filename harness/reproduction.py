@@ -289,12 +289,12 @@ def terminal_judgements(judgements: Sequence[Judgement], several_runs: bool) -> 
             for reason in group[0].reasons:
                 numbers.setdefault(reason, len(numbers) + 1)
             why = ", ".join(str(number) for number in sorted(numbers[reason] for reason in group[0].reasons))
-            told_in, line, *texts = _texts(group, "\n")[:-2]
+            told_in, *cells = _texts(group, "\n")[:-2]
             if told_in != source:
                 source = told_in
                 table.add_section()
                 table.add_row(*[""] * several_runs, Text(source, style="bold"))
-            table.add_row(*[Text(text) for text in [group[0].run] * several_runs + [line, *texts]], Text(why, "yellow"))
+            table.add_row(*[Text(cell) for cell in [group[0].run] * several_runs + cells], Text(why, "yellow"))
         yield table
         for reason, number in numbers.items():
             yield Text.assemble((f"{number:>4} ", "yellow"), reason)
