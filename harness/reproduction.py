@@ -236,20 +236,21 @@ def _told_together(judgements: Sequence[Judgement]) -> list[list[Judgement]]:
     return list(groups.values())
 
 
-def _texts(judgements: Sequence[Judgement]) -> list[str]:
+def _texts(judgements: Sequence[Judgement], between: str = " / ") -> list[str]:
     first = judgements[0]
     number, sign = first.number, "+" if first.number.against is not None else ""
     reasons = list(first.reasons)
     if first.unknown:
         reasons.append(f"not told: {', '.join(first.unknown)}")
-    what = ", ".join(METRICS[each.number.metric].title for each in judgements)
+    gain = f", gain over {number.against}" if number.against is not None else ""
+    names = [METRICS[each.number.metric].title for each in judgements]
     return [
         f"{number.table} ({number.evidence})",
         first.line,
         number.dataset + (f", {number.category}" if number.category is not None else ""),
-        what + (f", gain over {number.against}" if number.against is not None else ""),
-        " / ".join(f"{100 * each.number.value:{sign}.2f}" for each in judgements),
-        " / ".join("–" if each.ours is None else f"{100 * each.ours:{sign}.2f}" for each in judgements),
+        (between if between == "\n" else ", ").join(names) + gain,
+        between.join(f"{100 * each.number.value:{sign}.2f}" for each in judgements),
+        between.join("–" if each.ours is None else f"{100 * each.ours:{sign}.2f}" for each in judgements),
         first.verdict,
         "; ".join(reasons),
     ]
@@ -266,24 +267,45 @@ _HEADER = ["published in", "line", "on", "metric", "published", "here", "verdict
 
 
 def terminal_judgements(judgements: Sequence[Judgement], several_runs: bool) -> Iterator[RenderableType]:
-    """Verdicts for a terminal, in percent: a table of what can be compared, then a line for everything else."""
+    """Verdicts for a terminal, in percent: what can be compared, then what cannot, with numbered reasons below."""
     groups = _told_together(judgements)
     comparable = [group for group in groups if group[0].verdict != "not comparable"]
+    others = [group for group in groups if group[0].verdict == "not comparable"]
+    names = ["run"] * several_runs + _HEADER
     if comparable:
-        table = Table(title=Text("Published numbers [%]", style="bold"), title_justify="left", box=SIMPLE_HEAD)
-        for name in ["run"] * several_runs + _HEADER:
-            table.add_column(Text(name), overflow="fold", justify="right" if name in ("published", "here") else "left")
+        table = _table("Published numbers [%]", names)
         for group in comparable:
             texts = [Text(text) for text in [group[0].run] * several_runs + _texts(group)]
             texts[-2].stylize(_STYLES[group[0].verdict])
             table.add_row(*texts)
         yield table
-    for group in groups:
-        if group[0].verdict == "not comparable":
-            run = f"{group[0].run}, " * several_runs
-            source, line, where, metrics, published, here, _, why = _texts(group)
-            lead = f"{run}{source}, {where}, {metrics}: {published} published, {here} of {line}, not comparable: "
-            yield Text.assemble(lead, (why, "yellow"))
+    if others:
+        yield Text("Published numbers that cannot be compared [%]", style="bold")
+        yield Text()
+        numbers: dict[str, int] = {}
+        table = _table("", ["run"] * several_runs + ["line", "on", "metric", "published", "here", "why"])
+        source = None
+        for group in others:
+            for reason in group[0].reasons:
+                numbers.setdefault(reason, len(numbers) + 1)
+            why = ", ".join(str(number) for number in sorted(numbers[reason] for reason in group[0].reasons))
+            told_in, *cells = _texts(group, "\n")[:-2]
+            if told_in != source:
+                source = told_in
+                table.add_section()
+                table.add_row(*[""] * several_runs, Text(source, style="bold"))
+            table.add_row(*[Text(cell) for cell in [group[0].run] * several_runs + cells], Text(why, "yellow"))
+        yield table
+        for reason, number in numbers.items():
+            yield Text.assemble((f"{number:>4} ", "yellow"), reason)
+        yield Text()
+
+
+def _table(title: str, names: Sequence[str]) -> Table:
+    table = Table(title=Text(title, style="bold") if title else None, title_justify="left", box=SIMPLE_HEAD)
+    for name in names:
+        table.add_column(Text(name), overflow="fold", justify="right" if name in ("published", "here") else "left")
+    return table
 
 
 def judgements_markdown(judgements: Sequence[Judgement], absent: int, command: str) -> str:

@@ -141,15 +141,30 @@ class ReferenceEntry(_Strict):
         return ReferenceChoice(**self.model_dump())
 
 
+CPUS_PER_GPU = 4
+"""Cores that decode images beside a GPU where a space does not say how many."""
+
+
 class ResourcesEntry(_Strict):
     """What one trial asks of the cluster."""
 
     cpu: Annotated[float, Field(ge=0)] = 1.0
+    """Of each worker. Where it is left out one, or `CPUS_PER_GPU` times the GPUs if that is more."""
     gpu: Annotated[float, Field(ge=0)] = 0.0
     memory_gib: Annotated[float, Field(ge=0)] = 0.0
     workers: Annotated[int, Field(ge=1)] = 1
     """Processes that train one trial together, each with so much; methods without training use one."""
     min_workers: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _feed_gpus(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "cpu" in given:
+            return given
+        gpu = given.get("gpu")
+        if isinstance(gpu, bool) or not isinstance(gpu, int | float):  # none, or one that is refused below
+            return given
+        return {**given, "cpu": max(1.0, CPUS_PER_GPU * gpu)}
 
     def resolved(self) -> Resources:
         """The same as the dataclass that trials carry."""

@@ -180,7 +180,7 @@ def test_a_study_shows_its_trials_the_best_first_and_what_it_was_tuned_on(scored
     page = render_page([scored(1.0)], scored.scores, {}, title="t", command="c", studies=[study])
     section = re.search(r'<section id="studies".*?</section>', page, re.DOTALL)[0]
     assert "3 configurations by random search over ratio loguniform [0.01, 0.5]" in section
-    assert "Tuned on parts/nut by image_auroc, reported on parts/bolt" in section
+    assert "Tuned on parts/nut by Image AUROC, reported on parts/bolt" in section
     trials = re.findall(r'<th scope="row">(\d)</th><td>(.*?)</td><td class="num">(.*?)</td>', section)
     assert trials == [("1", "0.25", "<b>90.0</b>"), ("0", "0.1", "80.0"), ("2", "0.05", "stopped")]
     assert "<img" not in section  # no picture, no hole

@@ -1,7 +1,9 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from toy_rows import toy_row
 
 from harness.contracts import AdgridError
@@ -213,8 +215,14 @@ def test_verdicts_are_written_for_people_and_programs(tmp_path):
     assert dict(zip(header.split(","), line.split(","), strict=False))["verdict"] == "not reproduced"
     (shown,) = terminal_judgements(judgements, True)
     assert shown.row_count == 1
-    (line,) = terminal_judgements(judge(table, rows(0.97, shots=4))[0], True)
-    assert "97.00 of patchcore · wide_resnet50_2 · plain, not comparable: shots: all published, 4 here" in line.plain
+    console = Console(record=True, width=150)
+    for part in terminal_judgements(judge(table, rows(0.97, shots=4))[0], True):
+        console.print(part)
+    text = console.export_text()
+    assert re.search(
+        r"paper \(paper\) +\n +run +patchcore · wide_resnet50_2 · plain +btad +Image AUROC +99.00 +97.00 +1", text
+    )
+    assert "   1 shots: all published, 4 here" in text
     assert {file.name for file in write_judgements(judgements, absent, tmp_path / "out", "c")} == {
         "published.md",
         "published.csv",

@@ -132,3 +132,14 @@ def test_every_shipped_space_is_valid():
     assert files
     for file in files:
         assert grid_points(load_space(file))
+
+
+@pytest.mark.parametrize(
+    ("entry", "cpu"),
+    [("{}", 1), ("{gpu: 0}", 1), ("{gpu: 1}", 4), ("{gpu: 0.25}", 1), ("{gpu: 0.5}", 2), ("{gpu: 2, cpu: 3}", 3)],
+)
+def test_cores_that_decode_are_reserved_beside_gpus_unless_a_space_says_how_many(entry, cpu):
+    space = parse_space(SPACE + f"resources: {entry}\n", "small.yaml", ())
+    assert space.resources.resolved().cpu == cpu
+    with pytest.raises(AdgridError, match=r"resources\.gpu"):
+        parse_space(SPACE + "resources: {gpu: many}\n", "small.yaml", ())
