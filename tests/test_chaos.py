@@ -112,11 +112,26 @@ def test_what_mlflow_has_twice_is_told(tmp_path):
     mlflow.set_tracking_uri(None)
 
 
+STORM = """
+name: storm
+methods:
+  - toy_features
+  - {name: uniad, params: {epochs: 12, batch_size: 4, hidden_width: 16, feedforward_width: 32, encoder_layers: 1,
+     decoder_layers: 1, heads: 2, neighbour_size: 3}}
+backbones: [toy_resnet]
+datasets: [{name: toy_squares, categories: [small, large]}]
+protocol: {image_size: 64}
+resources: {cpu: 1, workers: 2}
+"""
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_storm_leaves_what_an_undisturbed_run_leaves(tmp_path, console):
-    options = RunOptions(cache_dir=str(tmp_path / "cache"), root=str(tmp_path / "root"))
-    outcome = run_chaos(len(KINDS), 1, options, console)
+    space = tmp_path / "storm.yaml"
+    space.write_text(STORM)
+    places = {"cache_dir": str(tmp_path / "cache"), "root": str(tmp_path / "root")}
+    outcome = run_chaos(len(KINDS), 1, RunOptions(random_weights=True, **places), console, space=space)
     show_chaos(outcome, console)
     assert outcome.problems == (), console.export_text()
     assert {kill.kind for kill in outcome.kills} == set(KINDS)
