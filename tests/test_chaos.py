@@ -18,7 +18,6 @@ from harness.options import RunOptions
 from harness.run_folder import keep_plan
 from harness.tracking import Mirror
 
-
 SECONDS = itertools.count()
 
 
