@@ -274,7 +274,7 @@ class _Nodes:
         node = draw.choice(nodes)
         workers = [process.name() for process in self._workers([node])]
         self._cluster.remove_node(node, allow_graceful=False)
-        return f"{node.unique_id} with {', '.join(sorted(workers)) or 'nothing'}"
+        return f"{node.node_id[:8]} with {', '.join(sorted(workers)) or 'nothing'}"
 
     def kill_process(self, kind: str, draw: random.Random) -> str | None:
         """Kills the process of a trial or a Train worker."""
