@@ -1,4 +1,4 @@
-"""Photographs MLflow's own view of a matrix of a mirrored run, for docs/mlflow.md.
+"""Photographs MLflow's own views of a mirrored run, for docs/mlflow.md.
 
     adgrid mlflow sync RUN --tracking-uri sqlite:///FOLDER/mlflow.db
     python docs/make_mlflow_pictures.py sqlite:///FOLDER/mlflow.db
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import signal
 import socket
@@ -26,6 +27,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from PIL import Image
 from selenium import webdriver
+from selenium.webdriver.common.by import By
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 FLAGS += " --disable-component-update --disable-sync --window-size=1600,1000 --hide-scrollbars"
@@ -53,8 +55,13 @@ def served(tracking_uri: str) -> Iterator[str]:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def show_trials(browser: webdriver.Chrome) -> None:
+    """Unfolds the trials of the space in the list of runs."""
+    browser.find_element(By.CSS_SELECTOR, "[data-testid='expander-button']").click()
+
+
 def main() -> None:
-    """Takes the picture."""
+    """Takes the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("tracking_uri")
     parser.add_argument("--experiment", default="adgrid")
@@ -64,6 +71,8 @@ def main() -> None:
     client = MlflowClient(parsed.tracking_uri)
     experiment = client.get_experiment_by_name(parsed.experiment).experiment_id
     parent = client.search_runs([experiment], "tags.kind = 'run'", max_results=1)[0].info.run_id
+    trials = client.search_runs([experiment], f"tags.kind = 'trial' and tags.`mlflow.parentRunId` = '{parent}'")
+    chosen = json.dumps([trial.info.run_id for trial in trials])
     options = webdriver.ChromeOptions()
     for flag in FLAGS.split():
         options.add_argument(flag)
@@ -73,13 +82,21 @@ def main() -> None:
         browser.set_page_load_timeout(300)
         try:
             runs = f"{address}/#/experiments/{experiment}/runs"
-            pages = {"matrix": f"{runs}/{parent}/artifacts/matrices/image_auroc.html"}
-            for name, page in pages.items():
+            pages = {
+                "runs": (f"{runs}?compareRunsMode=TABLE", show_trials),
+                "bars": (f"{runs}?compareRunsMode=CHART", show_trials),
+                "coordinates": (f"{address}/#/compare-runs?runs={chosen}&experiments=[%22{experiment}%22]", None),
+                "matrix": (f"{runs}/{parent}/artifacts/matrices/image_auroc.html", None),
+            }
+            for name, (page, act) in pages.items():
+                browser.get("about:blank")
                 browser.get(page)
                 time.sleep(parsed.seconds)
+                if act is not None:
+                    act(browser)
+                    time.sleep(parsed.seconds)
                 picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
-                # Files and page, without the line that tells where they lie.
-                picture.crop((212, 205, 1172, 826)).save(parsed.out / f"mlflow_{name}.webp", quality=70, method=6)
+                picture.save(parsed.out / f"mlflow_{name}.webp", quality=70, method=6)
         finally:
             browser.quit()
 
