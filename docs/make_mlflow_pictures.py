@@ -28,9 +28,18 @@ from mlflow import MlflowClient
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 FLAGS += " --disable-component-update --disable-sync --window-size=1600,1000 --hide-scrollbars"
+
+ASSISTANT = "[data-component-id^='mlflow.assistant'][aria-label='Close']"
+"""Closes what else would cover a quarter of the page."""
+
+COLUMNS = "[data-testid='column-selector-tree'] .du-bois-light-tree-checkbox"
+"""The first group of columns on offer."""
 
 
 @contextmanager
@@ -55,9 +64,35 @@ def served(tracking_uri: str) -> Iterator[str]:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def show_trials(browser: webdriver.Chrome) -> None:
-    """Unfolds the trials of the space in the list of runs."""
-    browser.find_element(By.CSS_SELECTOR, "[data-testid='expander-button']").click()
+def wait_for(browser: webdriver.Chrome, selector: str) -> WebElement:
+    """The first element of a kind, as soon as it is there."""
+    return WebDriverWait(browser, 300).until(lambda opened: opened.find_element(By.CSS_SELECTOR, selector))
+
+
+def show_table(browser: webdriver.Chrome) -> None:
+    """Unfolds the trials of the newest space and chooses the columns of image AUROC."""
+    wait_for(browser, ".ag-row [data-component-id*='runnamecellrenderer']").click()
+    wait_for(browser, "[data-testid='column-selection-dropdown']").click()
+    for _ in range(2):  # all attributes, then none
+        wait_for(browser, COLUMNS).click()
+        time.sleep(1)
+    wait_for(browser, "input[placeholder='Search columns']").send_keys("image_auroc")
+    time.sleep(2)
+    wait_for(browser, COLUMNS).click()
+    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.ESCAPE)
+
+
+def show_bars(browser: webdriver.Chrome) -> None:
+    """Chooses the charts of means of image AUROC."""
+    wait_for(browser, "input[placeholder='Search metric charts']").send_keys("image_auroc/m")
+
+
+def hide_path(browser: webdriver.Chrome) -> None:
+    """Takes the line away that tells where the file lies on this machine."""
+    browser.execute_script(
+        "for (const one of document.querySelectorAll('div, span'))"
+        "  if (one.textContent.startsWith('Path:') && one.textContent.length < 300) one.style.visibility = 'hidden';"
+    )
 
 
 def main() -> None:
@@ -83,19 +118,22 @@ def main() -> None:
         try:
             runs = f"{address}/#/experiments/{experiment}/runs"
             pages = {
-                "runs": (f"{runs}?compareRunsMode=TABLE", show_trials),
-                "bars": (f"{runs}?compareRunsMode=CHART", show_trials),
+                "runs": (f"{runs}?compareRunsMode=TABLE", show_table),
+                "bars": (f"{runs}?compareRunsMode=CHART", show_bars),
                 "coordinates": (f"{address}/#/compare-runs?runs={chosen}&experiments=[%22{experiment}%22]", None),
-                "matrix": (f"{runs}/{parent}/artifacts/matrices/image_auroc.html", None),
+                "matrix": (f"{runs}/{parent}/artifacts/matrices/image_auroc.html", hide_path),
             }
             for name, (page, act) in pages.items():
                 browser.get("about:blank")
                 browser.get(page)
                 time.sleep(parsed.seconds)
+                for panel in browser.find_elements(By.CSS_SELECTOR, ASSISTANT):
+                    panel.click()
                 if act is not None:
                     act(browser)
                     time.sleep(parsed.seconds)
                 picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+                picture = picture.crop((200, 0, picture.width, picture.height))  # without MLflow's menu
                 picture.save(parsed.out / f"mlflow_{name}.webp", quality=70, method=6)
         finally:
             browser.quit()
