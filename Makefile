@@ -8,7 +8,7 @@ ROOT ?= results
 # Benchmarks compare with other libraries, which live in an environment of their own.
 DATA ?= ../shared/data
 OTHERS := .venv-others
-BENCHES := coreset neighbours metrics padim decoding extraction training adpretrain scale cell
+BENCHES := coreset neighbours metrics padim decoding extraction training adpretrain scale comparing reporting cell
 
 .PHONY: run test test-fast check format ui plan clean bench $(addprefix bench-,$(BENCHES)) bench-cell-padim bench-cell-patchcore
 
@@ -59,9 +59,9 @@ bench-extraction bench-training bench-adpretrain: bench-%: $(VENV)/.installed
 	@mkdir -p $(ROOT)
 	$(BIN)/python benchmarks/$*.py --data-root $(DATA) --json $(ROOT)/bench-$*.json
 
-bench-scale: $(VENV)/.installed
+bench-scale bench-comparing bench-reporting: bench-%: $(VENV)/.installed
 	@mkdir -p $(ROOT)
-	$(BIN)/python benchmarks/scale.py --json $(ROOT)/bench-scale.json
+	$(BIN)/python benchmarks/$*.py --json $(ROOT)/bench-$*.json
 
 bench-cell: bench-cell-padim bench-cell-patchcore
 

@@ -1,6 +1,7 @@
-"""The command line, `adgrid`: run, plan, report, rescore, compare, leaderboard, mlflow, datasets, backbones, ...
+"""The command line, `adgrid`: run, plan, report, rescore, compare, leaderboard, mlflow, verify, datasets, ...
 
-Exit codes: 0 all is well, 1 something failed (a row without a number, a broken layout), 2 bad input, 130 stopped.
+Exit codes: 0 all is well, 1 something failed (a row without a number, a broken layout, a full disk), 2 bad input,
+130 stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.handle(options, console, shlex.join(["adgrid", *words]))
     except AdgridError as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; every finished row is saved, the same command goes on from here")
         return 130
@@ -54,11 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("space", help="YAML file, such as search_spaces/quickstart.yaml")
     _add_places(run)
     _add_narrowing(run)
-    run.add_argument("--address", help="Ray cluster to join (auto, HOST:PORT); without it one starts on this machine")
+    _add_cluster(run)
     run.add_argument(
         "--cluster-config", metavar="FILE", help="file of the cluster launcher, for what its autoscaler may add"
     )
-    run.add_argument("--num-cpus", type=int, help="cores of the Ray started here (default: all)")
     run.add_argument("--tracking-uri", help="MLflow tracking URI (default: a SQLite file under --root; off: none)")
     run.add_argument("--experiment", default="adgrid", help="MLflow experiment (default: adgrid)")
     run.add_argument("--download", action="store_true", help="fetch weights that are not here from the hub")
@@ -68,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--cache-gib", type=float, default=50.0, help="bound of the feature cache (default: 50)")
     run.add_argument(
         "--prediction-gib", type=float, default=20.0, help="bound of the stored anomaly maps under --root (default: 20)"
+    )
+    run.add_argument(
+        "--checkpoint-seconds", type=float, default=60.0, help="least time between two of a training (default: 60)"
     )
     run.set_defaults(handle=_run)
 
@@ -159,6 +162,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_places(mirror)
     mirror.set_defaults(handle=_mlflow)
 
+    verify = commands.add_parser("verify", help="compute small cells whose numbers are known, and compare")
+    verify.add_argument("--gpu", action="store_true", help="every method on the accelerator against the CPU's numbers")
+    verify.add_argument(
+        "--chaos", type=int, metavar="N", help="kill N processes of runs at random moments, and compare what is left"
+    )
+    verify.add_argument("--seed", type=int, default=0, help="of the order and the moments of --chaos (default: 0)")
+    _add_cluster(verify)
+    _add_places(verify)
+    verify.set_defaults(handle=_verify)
+
     datasets = commands.add_parser(
         "datasets", help="list known datasets, show what one should hold, or check its files"
     )
@@ -196,6 +209,13 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", default="results", help="storage root, a path or URI (default: results)")
     parser.add_argument("--data-root", help="folder with one subfolder per dataset")
     parser.add_argument("--cache-dir", help="node-local cache (default: the user's cache folder)")
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", help="Ray cluster to join (auto, HOST:PORT); without it one starts on this machine"
+    )
+    parser.add_argument("--num-cpus", type=int, help="cores of the Ray started here (default: all)")
 
 
 def _add_where(parser: argparse.ArgumentParser) -> None:
@@ -383,6 +403,19 @@ def _rescore(parsed: argparse.Namespace, console: Console, command: str) -> int:
     from harness.report_commands import rescore
 
     return rescore(parsed, console, command)
+
+
+def _verify(parsed: argparse.Namespace, console: Console, command: str) -> int:
+    from harness.verify import verify_accelerator, verify_golden
+
+    if parsed.chaos is not None:
+        from harness.chaos import run_chaos, show_chaos
+
+        outcome = run_chaos(parsed.chaos, parsed.seed, _options(parsed), console)
+        show_chaos(outcome, console)
+        return 1 if outcome.problems else 0
+    verify = verify_accelerator if parsed.gpu else verify_golden
+    return 0 if verify(_options(parsed), console, command) else 1
 
 
 def _compare(parsed: argparse.Namespace, console: Console, command: str) -> int:

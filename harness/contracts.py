@@ -31,8 +31,10 @@ Inputs = Literal["features", "images"]
 class AdgridError(Exception):
     """Bad input, told to the user in one message that names the file, the field and the remedy.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with its code.
     """
+
+    exit_code = 2
 
 
 def derive_seed(*parts: str | int | None) -> int:
@@ -715,6 +717,8 @@ class RunSettings:
     """Images per forward pass outside training."""
     checkpoint_seconds: float = 60.0
     """Least time between two checkpoints of a training."""
+    claim_seconds: float = 60.0
+    """How long a killed worker on another machine may keep others from taking over its cell."""
 
 
 @dataclass(frozen=True, kw_only=True)

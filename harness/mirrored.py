@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,11 +75,46 @@ def read_mirrored_experiment(tracking_uri: str, experiment: str) -> list[Mirrore
         if known is None:
             names = ", ".join(sorted(each.name for each in client.search_experiments()))
             raise AdgridError(f"--experiment {experiment}: {uri} has no such experiment; it has {names}")
-        parents = [run for run in _search(client, [known.experiment_id]) if PARENT_TAG not in run.data.tags]
+        runs_of_spaces = _search(client, [known.experiment_id], f"tags.`{RUN_TAG}` != ''")
+        parents = [run for run in runs_of_spaces if PARENT_TAG not in run.data.tags]
         runs = [_read(client, run) for run in parents if _has_rows(client, run)]
     if not runs:
         raise AdgridError(f"--experiment {experiment}: none of its runs has {ROWS_FILE}; mirror one with `adgrid run`")
     return runs
+
+
+def find_doubles(tracking_uri: str, experiment: str, run_id: str) -> list[str]:
+    """What MLflow has twice of a run, or not at all: a parent, trials, points of a curve, finished cells.
+
+    Args:
+        tracking_uri: of the server or SQLite file.
+        experiment: its name.
+        run_id: as `adgrid run` printed it.
+
+    Returns:
+        A sentence for each problem.
+    """
+    with _told(tracking_uri):
+        client = _client(tracking_uri)
+        known = client.get_experiment_by_name(experiment)
+        found = _search(client, [known.experiment_id], f"tags.`{RUN_TAG}` = {run_id!r}") if known else []
+        if len(found) != 1:
+            return [f"MLflow has {len(found)} parent runs of {run_id}"]
+        (parent,) = found
+        children = _search(client, [parent.info.experiment_id], f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'")
+        times = Counter(child.data.tags.get(TRIAL_TAG, "") for child in children)
+        problems = [f"MLflow has trial {trial_id} {number} times" for trial_id, number in times.items() if number > 1]
+        for run in (parent, *children):
+            for key in run.data.metrics:
+                # Means of the parent and numbers of a cell may be told again as they change; points of a curve not.
+                if not key.startswith(("loss/", "running_mean/")):
+                    continue
+                steps = Counter(point.step for point in client.get_metric_history(run.info.run_id, key))
+                twice = [step for step, number in steps.items() if number > 1]
+                if twice:
+                    problems.append(f"MLflow has steps {twice} of {key} twice in {run.info.run_name}")
+        left = [run.info.run_name for run in (parent, *children) if run.info.status != "FINISHED"]
+        return problems + [f"{name} is not finished in MLflow" for name in left]
 
 
 @contextmanager
@@ -119,13 +155,13 @@ def _find_run(client: MlflowClient, run: str) -> Run | None:
     return found[0] if found else None
 
 
-def _search(client: MlflowClient, experiments: list[str]) -> list[Run]:
+def _search(client: MlflowClient, experiments: list[str], condition: str) -> list[Run]:
     runs: list[Run] = []
     token: str | None = None
     while token != "":
         page = client.search_runs(
             experiments,
-            f"tags.`{RUN_TAG}` != ''",
+            condition,
             max_results=1000,
             order_by=["attributes.start_time ASC"],
             page_token=token,

@@ -49,6 +49,8 @@ class RunOptions:
     """Bound of the node-local cache."""
     prediction_gib: float = 20.0
     """Bound of the stored anomaly maps; those that were not used for longest make room."""
+    checkpoint_seconds: float = 60.0
+    """Least time between two checkpoints of a training."""
 
     @property
     def places(self) -> Places:

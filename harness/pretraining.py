@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from harness.auxiliary import JoinedSplit, LabelledCategory, LabelledImages, read_labelled
 from harness.backbones import FrozenBackbone, ResolvedBackbone, level_shapes, resolve_backbone
 from harness.checkpoints import StoredCheckpoints
+from harness.claims import Claims
 from harness.contracts import (
     Batch,
     Context,
@@ -46,7 +48,7 @@ from harness.resolve import (
     resolve_protocol,
 )
 from harness.stages import Judge, seed_everything, train_stage
-from harness.store import Store, StoredPrediction, StoredTraining
+from harness.store import Store, StoredPrediction, StoredTraining, StoreError
 from harness.workers import ALONE, Workers, is_lost_worker
 
 PICKED_BY = "feature_norm"
@@ -61,7 +63,7 @@ class PretrainingOutdated(RuntimeError):
 
 def run_pretraining(
     pretraining: Pretraining, settings: RunSettings, notify: Notify = lambda *_: None, workers: Workers = ALONE
-) -> None:
+) -> bool:
     """Trains a representation unless the store has it; what goes wrong is kept in the store as the reason.
 
     Args:
@@ -70,19 +72,30 @@ def run_pretraining(
         notify: told about progress.
         workers: the processes that train together; all of them call this.
 
+    Returns:
+        False, with nothing done, where another run is training it at this moment.
+
     Raises:
         Exception: with several workers, whatever went wrong at one of them: the others wait for it in vain.
     """
     store = Store(settings.root)
-    if workers.agree(find_settled(pretraining, store, settings) if workers.leads else None):
-        return
-    try:
-        _train(pretraining, store, settings, notify, workers)
-    except Exception as error:
-        if not is_lost_worker(error):
-            store.publish_failure(pretraining.trial_id, settings.invocation, f"{type(error).__name__}: {error}")
-        if workers.size > 1 or is_lost_worker(error):
-            raise
+    claims = Claims(store, f"{settings.invocation}/{pretraining.trial_id}", settings.claim_seconds)
+    claim = claims.take(pretraining.trial_id) if workers.leads else None
+    if not workers.agree(claim is not None):
+        return False
+    with claim or nullcontext():
+        if workers.agree(find_settled(pretraining, store, settings) if workers.leads else None):
+            return True
+        try:
+            _train(pretraining, store, settings, notify, workers)
+        except Exception as error:
+            if isinstance(error, StoreError):
+                raise
+            if not is_lost_worker(error):
+                store.publish_failure(pretraining.trial_id, settings.invocation, f"{type(error).__name__}: {error}")
+            if workers.size > 1 or is_lost_worker(error):
+                raise
+    return True
 
 
 def find_settled(pretraining: Pretraining, store: Store, settings: RunSettings) -> bool:

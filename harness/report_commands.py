@@ -15,6 +15,7 @@ from harness.rescore import rescore_run
 from harness.run import remake_report
 from harness.run_folder import find_run, read_run
 from harness.sheets import remake_sheets
+from harness.store import join_root
 
 
 def remake(parsed: Namespace, console: Console) -> int:
@@ -26,7 +27,8 @@ def remake(parsed: Namespace, console: Console) -> int:
             places = RunOptions(data_root=parsed.data_root, cache_dir=parsed.cache_dir).places
             notes += remake_details(store, record.rows, places.cache_dir)
         files = remake_report(store, record, ("pdf", "svg") if parsed.papers else ())
-    page = f"{store.root}/runs/{record.run_id}/report/report.html"
+    folder = join_root(store.root, "runs", record.run_id, "report")
+    page = join_root(folder, "report.html")
     if parsed.html:
         for note in notes:
             console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
@@ -36,7 +38,7 @@ def remake(parsed: Namespace, console: Console) -> int:
         console.print(terminal_table(matrix))
     for note in notes:
         console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
-    console.print(f"{len(files)} files in {store.root}/runs/{record.run_id}/report; look at {page}", soft_wrap=True)
+    console.print(f"{len(files)} files in {folder}; look at {page}", soft_wrap=True)
     return 0
 
 
@@ -57,5 +59,5 @@ def rescore(parsed: Namespace, console: Console, command: str) -> int:
     console.print(
         f"{len(record.rows)} cells: {outcome.num_scored} scored now from stored predictions, no model was used"
     )
-    console.print(f"run folder  {store.root}/runs/{outcome.run_id}", soft_wrap=True)
+    console.print(f"run folder  {join_root(store.root, 'runs', outcome.run_id)}", soft_wrap=True)
     return 1 if outcome.notes else 0

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from harness.bundle import SCORES_FILE, scores_from_parquet, write_bundle
+from harness.claims import Claims
 from harness.contracts import AdgridError, Job, Pretraining, ResultRow, RunSettings, Trial
 from harness.details import load_details
 from harness.html_report import render_page
@@ -27,7 +28,7 @@ from harness.report import rows_frame, write_report
 from harness.run_folder import RunRecord, StudyOutcome, conclude_study, keep_plan, read_run
 from harness.sheets import sheet_key
 from harness.space import load_space
-from harness.store import Store
+from harness.store import Store, StoreError, join_root
 from harness.study import Ledger, Study, read_study
 from harness.study_report import study_picture, write_studies
 from harness.tracker import Tracker
@@ -105,30 +106,43 @@ def execute(space_path: str, options: RunOptions, console: Console, command: str
         command=command,
         invocation=uuid.uuid4().hex,
         cache_gib=options.cache_gib,
+        checkpoint_seconds=options.checkpoint_seconds,
         save_fitted=options.save_fitted,
         pictures=options.pictures,
     )
     try:
         store.publish(f"runs/{plan.run_id}/space.json", canonical_json(plan.space.model_dump(mode="json")).encode())
         keep_plan(store, plan, command, [conclude_study(study, store) for study in plan.studies])
-    except OSError as error:
+    except StoreError as error:
         raise AdgridError(
-            f"--root {options.root}: cannot be written ({error}); name a writable folder or URI"
+            f"--root {options.root}: cannot be written ({error.__cause__}); name a writable folder or URI"
         ) from error
     keeper = _Keeper(store, options.prediction_gib)
-    with Tracker(options, store, plan) as tracker:
-        tracker.start()
+    # Several runs of a space share its cells; one of them at a time mirrors them and writes the report.
+    claims, key = Claims(store, settings.invocation, settings.claim_seconds), f"run-{plan.run_id}"
+    with ExitStack() as stack:
+        lead = claims.take(key)
+        if lead is not None:
+            stack.enter_context(lead)
+        tracker = stack.enter_context(Tracker(options, store, plan))
+        if lead is not None:
+            tracker.start()
         with _Crew(store, settings, options, console, [tracker, keeper], plan.pretrainings) as crew:
             plain = [study for study in plan.studies if not study.search.is_adaptive]
             crew.run_trials([*plan.trials, *(sample.trial for study in plain for sample in study.samples)])
             crew.run_studies([study for study in plan.studies if study.search.is_adaptive])
             studies = [conclude_study(study, store) for study in plan.studies]
             crew.run_trials([trial for study in studies for trial in study.winners])
+        if lead is None:
+            with console.status("waiting for another run of this space to write the report"):
+                stack.enter_context(claims.wait_for(key))
+            tracker.start()
         store.fold_rows()
         keeper.trim()
         keep_plan(store, plan, command, studies)
         record = read_run(store, plan.run_id)
-        files = remake_report(store, record)
+        with store.told("written"):
+            files = remake_report(store, record)
         with console.status("mirroring to MLflow"):
             tracker.finish(record, files)
     without = [study.study.name for study in studies if not study.winners]
@@ -138,7 +152,7 @@ def execute(space_path: str, options: RunOptions, console: Console, command: str
         rows=record.rows,
         studies=tuple(studies),
         num_computed=crew.num_computed,
-        run_folder=f"{store.root}/runs/{plan.run_id}",
+        run_folder=join_root(store.root, "runs", plan.run_id),
         tracking_uri=tracker.uri,
         notes=(*notes, *tracker.notes),
     )

@@ -13,7 +13,7 @@ from harness.identity import canonical_json
 from harness.plan import Plan
 from harness.registry import did_you_mean
 from harness.rows import show_row
-from harness.store import Store
+from harness.store import Store, split_run
 from harness.study import Ledger, SampleResult, Study, describe_study, find_best
 
 
@@ -114,12 +114,12 @@ def find_run(word: str, root: str) -> tuple[Store, RunRecord]:
     Raises:
         AdgridError: there is none.
     """
-    base, marker, run_id = word.rstrip("/").rpartition("/runs/")
-    store = open_store(base if marker else root)
+    base, run_id = split_run(word)
+    store = open_store(root if base is None else base)
     try:
         return store, read_run(store, run_id)
     except FileNotFoundError as error:
-        known = _run_ids(store)
+        known = store.folders("runs")
         hint = did_you_mean(run_id, known) or (f"; there are {', '.join(known[:12])}" if known else "")
         raise AdgridError(f"{word}: no such run under {store.root}/runs{hint}") from error
 
@@ -129,11 +129,6 @@ def open_store(root: str) -> Store:
     if "://" not in root and not Path(root).expanduser().is_dir():
         raise AdgridError(f"--root {root}: no such folder; name the storage root that `adgrid run` wrote to")
     return Store(root)
-
-
-def _run_ids(store: Store) -> list[str]:
-    folder = store.local_path("runs")
-    return sorted(path.name for path in folder.iterdir()) if folder is not None and folder.is_dir() else []
 
 
 def read_run(store: Store, run_id: str) -> RunRecord:

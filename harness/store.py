@@ -10,6 +10,7 @@ publishing twice is harmless and a reader never sees half a file.
     details/<cell_id>.json                   curves and small pictures, for the HTML report
     artifacts/<id>.safetensors               trained stages and fitted methods, tensors only
     attempts/<run>/<cell_id>.<n>             a cell was started for the n-th time (finds cells that kill workers)
+    claims/<key>.json                        somebody works on a cell right now, see `harness.claims`
     runs/<run_id>/...                        the space, its plan and its reports
 """
 
@@ -23,7 +24,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -83,8 +84,14 @@ class StoredTraining:
         return cls(curves={stage.name: list(losses), **watched}, warnings=list(stage.warnings))
 
 
+class StoreError(AdgridError):
+    """The storage fails while a run is under way: full, read-only, gone. What was saved before is safe."""
+
+    exit_code = 1
+
+
 class Store:
-    """Reads and writes one storage root."""
+    """Reads and writes one storage root. Every method raises StoreError where the storage itself fails."""
 
     def __init__(self, root: str) -> None:
         """Opens `root`, a path or URI, and makes it if need be. Raises AdgridError if it cannot be opened."""
@@ -106,15 +113,50 @@ class Store:
     def _path(self, key: str) -> str:
         return f"{self._base}/{key}"
 
+    def on_object_store(self, key: str) -> tuple[pyarrow.fs.FileSystem, str] | None:
+        """The file system of a root that is none of this machine's, and the path of `key` on it; else None."""
+        return None if self.is_local else (self._fs, self._path(key))
+
     def local_path(self, key: str) -> Path | None:
         """Where `key` lies on this machine's file system, or None on an object store."""
         return Path(self._path(key)) if self.is_local else None
+
+    @contextlib.contextmanager
+    def told(self, what: str) -> Iterator[None]:
+        """Tells what the storage complains of as one error that says what is safe and what to do."""
+        try:
+            yield
+        except OSError as error:
+            if what == "read" and isinstance(error, FileNotFoundError):
+                raise  # an answer, not a failure
+            raise StoreError(
+                f"--root {self.root}: cannot be {what} ({error}); every row saved so far is safe: make room or mend "
+                f"the storage, and the same command goes on from there"
+            ) from error
 
     def publish(self, key: str, data: bytes, lasting: bool = True) -> None:
         """Writes a whole object under its final key at once; a reader sees the old bytes or the new, never a part.
 
         What need not outlast a power cut is not waited for (`lasting=False`); that of a killed process stays.
         """
+        with self.told("written"):
+            self._put(key, data, os.replace, lasting)
+
+    def publish_new(self, key: str, data: bytes) -> bool:
+        """Publishes unless something is there, and says whether it did; of several that try at once one succeeds.
+
+        On an object store more than one may, and the last one's bytes stay.
+        """
+        with self.told("written"):
+            try:
+                if not self.is_local and self.exists(key):
+                    return False
+                self._put(key, data, _link, lasting=False)
+            except FileExistsError:
+                return False
+        return True
+
+    def _put(self, key: str, data: bytes, move: Callable[[Path, Path], None], lasting: bool) -> None:
         path = self._path(key)
         if not self.is_local:
             with self._fs.open_output_stream(path) as stream:
@@ -129,29 +171,38 @@ class Store:
                 if lasting:
                     file.flush()
                     os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
+            move(temporary, target)
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
 
     def read(self, key: str) -> bytes:
         """The bytes under `key`. Raises FileNotFoundError if there are none."""
-        with self._fs.open_input_stream(self._path(key)) as stream:
+        with self.told("read"), self._fs.open_input_stream(self._path(key)) as stream:
             return stream.read()
 
     def exists(self, key: str) -> bool:
         """Whether something was published under `key`."""
-        return self._fs.get_file_info(self._path(key)).type == pyarrow.fs.FileType.File
+        with self.told("read"):
+            return self._fs.get_file_info(self._path(key)).type == pyarrow.fs.FileType.File
 
     def names(self, prefix: str) -> list[str]:
         """Names of the files right below the folder `prefix`, sorted; temporary files are left out."""
         selector = pyarrow.fs.FileSelector(self._path(prefix), allow_not_found=True)
-        files = (info.base_name for info in self._fs.get_file_info(selector) if info.type == pyarrow.fs.FileType.File)
+        with self.told("read"):
+            found = self._fs.get_file_info(selector)
+        files = (info.base_name for info in found if info.type == pyarrow.fs.FileType.File)
         return sorted(name for name in files if not name.startswith("."))
+
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders right below the folder `prefix`, sorted."""
+        selector = pyarrow.fs.FileSelector(self._path(prefix), allow_not_found=True)
+        with self.told("read"):
+            found = self._fs.get_file_info(selector)
+        return sorted(info.base_name for info in found if info.type == pyarrow.fs.FileType.Directory)
 
     def delete(self, key: str) -> None:
         """Removes `key` if it is there."""
-        with contextlib.suppress(FileNotFoundError):
+        with self.told("written"), contextlib.suppress(FileNotFoundError):
             self._fs.delete_file(self._path(key))
 
     # --- rows ---
@@ -168,13 +219,14 @@ class Store:
         """
         wanted = None if cell_ids is None else set(cell_ids)
         found: dict[str, ResultRow] = {}
-        for row in self._all_rows(wanted):
+        for row in self.all_rows(wanted):
             known = found.get(row.cell_id)
             if known is None or _row_rank(row) >= _row_rank(known):
                 found[row.cell_id] = row
         return found
 
-    def _all_rows(self, wanted: set[str] | None) -> Iterator[ResultRow]:
+    def all_rows(self, wanted: set[str] | None = None) -> Iterator[ResultRow]:
+        """Every row that was ever saved, of some cells or of all; `load_rows` says which count."""
         # Singles first: folding publishes the segment before it deletes singles, so no row is missed in between.
         if wanted is not None and len(wanted) <= FEW_CELLS:
             # A trial asks for its own cells alone, while those of all others lie in the same folder.
@@ -188,6 +240,19 @@ class Store:
         for name in self.names("rows/segments"):
             with contextlib.suppress(FileNotFoundError):
                 yield from rows_from_parquet(self.read(f"rows/segments/{name}"), wanted)
+
+    def segments(self) -> list[str]:
+        """The segment files as they are now, for `finished_since`."""
+        return self.names("rows/segments")
+
+    def finished_since(self, cell_ids: Iterable[str], segments: Sequence[str]) -> set[str]:
+        """Which of some cells have a finished row by now, that had none when the segment files were `segments`."""
+        wanted = set(cell_ids)
+        found = {cell_id for cell_id in wanted if self.exists(f"rows/new/{cell_id}.ok.parquet")}
+        if found != wanted and self.segments() != segments:  # somebody has folded rows meanwhile
+            rows = self.load_rows(wanted - found)
+            found |= {cell_id for cell_id, row in rows.items() if row.status == "ok"}
+        return found
 
     def fold_rows(self, at_least: int = 64) -> int:
         """Folds the single rows into one segment file and returns how many; does nothing for fewer than `at_least`."""
@@ -346,8 +411,31 @@ class Store:
 
     def delete_folder(self, prefix: str) -> None:
         """Removes everything below `prefix`, if there is anything."""
-        with contextlib.suppress(FileNotFoundError):
+        with self.told("written"), contextlib.suppress(FileNotFoundError):
             self._fs.delete_dir(self._path(prefix))
+
+
+def join_root(root: str, *parts: str) -> str:
+    """The path or URI of a folder below a root; the options of a URI (`?endpoint_override=...`) stay at its end."""
+    address, mark, query = root.partition("?") if "://" in root else (root, "", "")
+    return "/".join([address.rstrip("/"), *parts]) + mark + query
+
+
+def split_run(word: str) -> tuple[str | None, str]:
+    """The root in the address of a run's folder (`results/runs/NAME`), or None for a bare name; and the run's name."""
+    address, mark, query = word.partition("?") if "://" in word else (word, "", "")
+    root, marker, name = address.rstrip("/").rpartition("/runs/")
+    return (root + mark + query if marker else None), name
+
+
+def _link(temporary: Path, target: Path) -> None:
+    """Gives a file a second name, which nothing may have. Raises FileExistsError."""
+    try:
+        os.link(temporary, target)
+    except PermissionError:  # a file system without links: as good as an object store
+        if target.exists():
+            raise FileExistsError(str(target)) from None
+        os.replace(temporary, target)
 
 
 def _row_rank(row: ResultRow) -> tuple[int, str]:

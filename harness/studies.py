@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from ray import tune
@@ -17,6 +19,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.trainable.function_trainable import FunctionTrainable, wrap_function
 
+from harness.claims import LOOK_SECONDS, Claims
 from harness.contracts import ResultRow, RowStatus, RunSettings
 from harness.placement import Amounts, max_in_flight
 from harness.progress import Listener
@@ -24,6 +27,7 @@ from harness.store import Store
 from harness.study import FINAL, Study, read_result, running_means
 from harness.study_track import Run, Track
 from harness.sweep import (
+    Halt,
     Relay,
     execute_job,
     keep_rows,
@@ -57,6 +61,31 @@ def run_studies(
     """
     quieten_tune()
     store = Store(settings.root)
+    claims = Claims(store, settings.invocation, settings.claim_seconds)
+    rows: dict[str, ResultRow] = {}
+    todo = list(studies)
+    while todo:
+        # A searcher must hear of all samples of its study, so another run's studies are left to it as a whole.
+        held = {study.study_id: claim for study in todo if (claim := claims.take(study.study_id)) is not None}
+        with ExitStack() as stack:
+            for claim in held.values():
+                stack.enter_context(claim)
+            mine = [study for study in todo if study.study_id in held]
+            rows |= _run_studies(mine, settings, listeners, nodes, store)
+        todo = [study for study in todo if study.study_id not in held]
+        if todo and not held:
+            time.sleep(LOOK_SECONDS)
+    return keep_rows(rows, store, settings)
+
+
+def _run_studies(
+    studies: Sequence[Study],
+    settings: RunSettings,
+    listeners: Sequence[Listener],
+    nodes: Sequence[Amounts] | None,
+    store: Store,
+) -> dict[str, ResultRow]:
+    """Rows by cell id of studies that no other run works on."""
     rows: dict[str, ResultRow] = {}
     for grouped in (False, True):
         tracks = [Track(study, store) for study in studies if (study.template.resources.workers > 1) == grouped]
@@ -65,7 +94,7 @@ def run_studies(
             known = list_nodes() if grouped and nodes is None else nodes
             room = max_in_flight([track.study.template for track in tracks], known) if known else None
             rows |= _run_alike(tracks, settings, listeners, store, room, grouped)
-    return keep_rows(rows, store, settings)
+    return rows
 
 
 def _run_alike(
@@ -99,11 +128,13 @@ def _run_alike(
                 storage_path=folder,
                 verbose=0,
                 callbacks=[relay],
+                stop=Halt(relay),
                 failure_config=tune.FailureConfig(
                     max_failures=max(most_failures(track.study.template) for track in tracks)
                 ),
             ),
         ).fit()
+    relay.check_storage()
     return relay.all_rows
 
 

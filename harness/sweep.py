@@ -9,21 +9,23 @@ import dataclasses
 import logging
 import os
 import tempfile
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
 import ray
 from ray import tune
 
+from harness.claims import LOOK_SECONDS, Claims
 from harness.contracts import AdgridError, Job, Pretraining, Resources, ResultRow, RowStatus, RunSettings, Trial
 from harness.notes import Notes, read_losses
 from harness.placement import Amounts, max_in_flight, worker_bundle
 from harness.progress import Listener
 from harness.rows import unfinished_row
-from harness.store import Store
-from harness.trial import find_open_cells, is_of_this_start, memory_key, most_failures, run_job
+from harness.store import Store, StoreError
+from harness.trial import find_left, find_open_cells, is_of_this_start, memory_key, most_failures, run_job
 from harness.watch import Observer, Watch
 
 MOST_OF_A_KIND = 1000
@@ -145,14 +147,68 @@ def _run_phase(
     nodes: Sequence[Amounts] | None,
     store: Store,
 ) -> dict[str, ResultRow]:
-    """Rows by cell id of jobs that need none of each other: single processes first, then groups of workers."""
+    """Rows by cell id of jobs that need none of each other: single processes first, then groups of workers.
+
+    What other runs work on is left to them until it is done or given up.
+    """
     rows: dict[str, ResultRow] = {}
-    for grouped in (False, True):
-        alike = [job for job in jobs if (job.resources.workers > 1) == grouped]
-        if alike:
-            known = list_nodes() if grouped and nodes is None else nodes
-            rows |= _run_alike(alike, settings, listeners, store, max_in_flight(alike, known) if known else 0)
+    left: dict[str, dict[str, str]] = {}
+    todo = list(jobs)
+    while todo:
+        for grouped in (False, True):
+            alike = [job for job in todo if (job.resources.workers > 1) == grouped]
+            if alike:
+                known = list_nodes() if grouped and nodes is None else nodes
+                room = max_in_flight(alike, known) if known else 0
+                relay = _run_alike(alike, settings, listeners, store, room, rows.keys())
+                rows |= relay.all_rows
+                left |= relay.left
+        todo = _await_others(jobs, left, listeners, store, settings)
     return rows
+
+
+def _await_others(
+    jobs: Sequence[Job],
+    left: dict[str, dict[str, str]],
+    listeners: Sequence[Listener],
+    store: Store,
+    settings: RunSettings,
+) -> list[Job]:
+    """Waits until other runs have done some of what is left to them, or given it up; the jobs to be run again.
+
+    Args:
+        jobs: all of the phase.
+        left: what is left to others, by the id of a job, as `harness.trial.Leave` has it; loses what is settled.
+        listeners: told of the rows that others have made.
+        store: where rows and claims are.
+        settings: of this run.
+    """
+    claims = Claims(store, settings.invocation, settings.claim_seconds)
+    while left:
+        held = claims.held_by_others(key for cells in left.values() for key in cells.values())
+        freed = {cell_id for cells in left.values() for cell_id, key in cells.items() if key not in held}
+        rows = {cell_id: row for cell_id, row in store.load_rows(freed).items() if row.status == "ok"} if freed else {}
+        again = []
+        for job in jobs:
+            cells = left.get(job.trial_id, {})
+            if not freed & cells.keys():
+                continue
+            if isinstance(job, Trial):
+                for cell_id in rows.keys() & cells.keys():
+                    del cells[cell_id]
+                    for listener in listeners:
+                        listener.finished(job, rows[cell_id])
+            elif store.has_state(job.trial_id):
+                cells.clear()
+            if freed & cells.keys():
+                again.append(job)
+            if freed & cells.keys() or not cells:
+                del left[job.trial_id]
+        if again:
+            return again
+        if left:
+            time.sleep(LOOK_SECONDS)
+    return []
 
 
 def _skip_without_artifact(
@@ -184,9 +240,17 @@ def _skip_without_artifact(
 
 
 def _run_alike(
-    trials: Sequence[Job], settings: RunSettings, listeners: Sequence[Listener], store: Store, in_flight: int
-) -> dict[str, ResultRow]:
-    """Rows by cell id of trials that are all single processes or all groups of workers."""
+    trials: Sequence[Job],
+    settings: RunSettings,
+    listeners: Sequence[Listener],
+    store: Store,
+    in_flight: int,
+    told: Collection[str],
+) -> Relay:
+    """Runs trials that are all single processes or all groups of workers; what was heard of them.
+
+    Cells in `told` have had their row earlier in this start.
+    """
     relay = Relay(listeners, lambda config: trials[config["trial"]], store, settings)
     with tempfile.TemporaryDirectory(prefix="adgrid-tune-") as folder:
         tuner = tune.Tuner(
@@ -205,25 +269,34 @@ def _run_alike(
                 storage_path=folder,
                 verbose=0,
                 callbacks=[relay],
+                stop=Halt(relay),
                 failure_config=tune.FailureConfig(max_failures=max(map(most_failures, trials))),
             ),
         )
         results = tuner.fit()
+    relay.check_storage()
     for number in range(len(results)):
         result = results[number]
         assert result.config is not None
         trial = trials[result.config["trial"]]
         if isinstance(trial, Trial):
             reason = f"the trial's worker was lost: {result.error or 'it ended without a row for this cell'}"
-            settle_trial(trial, relay, store, settings, "failed", reason)
-    return relay.all_rows
+            settle_trial(trial, relay, store, settings, "failed", reason, told)
+    return relay
 
 
 def settle_trial(
-    trial: Trial, relay: Relay, store: Store, settings: RunSettings, status: RowStatus, reason: str
+    trial: Trial,
+    relay: Relay,
+    store: Store,
+    settings: RunSettings,
+    status: RowStatus,
+    reason: str,
+    told: Collection[str] = (),
 ) -> None:
     """Gives each cell of an ended trial that nothing was heard of its row: the saved one, or one with a reason."""
-    lost = [cell for cell in trial.cells if cell.cell_id not in relay.rows[trial.trial_id]]
+    known = {*told, *relay.rows[trial.trial_id], *relay.left.get(trial.trial_id, {})}
+    lost = [cell for cell in trial.cells if cell.cell_id not in known]
     saved = store.load_rows(cell.cell_id for cell in lost)
     for cell in lost:
         row = saved.get(cell.cell_id)
@@ -258,18 +331,25 @@ def execute_job(
     Args:
         job: what to run.
         settings: where things lie.
-        report: told `{"row": ...}`, `{"note": ..., "losses": ...}` (see `Notes`) and, if watched,
+        report: told `{"row": ...}`, `{"note": ..., "losses": ...}` (see `Notes`), `{"left": ...}` (see
+            `harness.trial.Leave`), `{"broken": ...}` where the storage fails and, if watched,
             `{"look": [epochs done, objective]}`.
         watch: how closely a study watches; what `report` raises then ends the trial.
     """
-    if job.resources.workers > 1:
-        from harness.training import run_with_workers
+    try:
+        left = {} if watch is not None else find_left(job, Store(settings.root), settings)
+        if left:
+            report({"left": left})
+        elif job.resources.workers > 1:
+            from harness.training import run_with_workers
 
-        with closing(run_with_workers(job, settings, watch)) as messages:
-            for message in messages:
-                report(message)
-    else:
-        _run_here(job, settings, report, watch)
+            with closing(run_with_workers(job, settings, watch)) as messages:
+                for message in messages:
+                    report(message)
+        else:
+            _run_here(job, settings, report, watch)
+    except StoreError as error:
+        report({"broken": str(error)})
 
 
 def _run_here(trial: Job, settings: RunSettings, report: Callable[[dict[str, Any]], None], watch: Watch | None) -> None:
@@ -280,7 +360,7 @@ def _run_here(trial: Job, settings: RunSettings, report: Callable[[dict[str, Any
     observer = None
     if watch is not None:
         observer = Observer(watch=watch, tell=lambda done, value: report({"look": [done, value]}))
-    for row in run_job(trial, settings, Notes(report), observer=observer):
+    for row in run_job(trial, settings, Notes(report), observer=observer, leave=lambda left: report({"left": left})):
         report({"row": dataclasses.asdict(row)})
 
 
@@ -299,6 +379,15 @@ class Relay(tune.Callback):
         self._store, self._settings = store, settings
         self.rows: dict[str, dict[str, ResultRow]] = defaultdict(dict)
         """By trial id and cell id."""
+        self.left: dict[str, dict[str, str]] = {}
+        """What other runs work on, by the id of a job, as `harness.trial.Leave` has it."""
+        self.broken: str | None = None
+        """What is wrong with the storage."""
+
+    def check_storage(self) -> None:
+        """Raises StoreError if a worker could not write."""
+        if self.broken is not None:
+            raise StoreError(self.broken)
 
     @property
     def all_rows(self) -> dict[str, ResultRow]:
@@ -322,7 +411,11 @@ class Relay(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if "row" in result:
+        if "broken" in result:
+            self.broken = result["broken"]
+        elif "left" in result:
+            self.left[self._ours(trial).trial_id] = dict(result["left"])
+        elif "row" in result:
             ours = self._ours(trial)
             assert isinstance(ours, Trial), "a pretraining has no rows"
             self.finished(ours, ResultRow(**result["row"]))
@@ -345,3 +438,18 @@ class Relay(tune.Callback):
 
     def _ours(self, trial: Any) -> Job:
         return self._find_job(trial.config)
+
+
+class Halt(tune.Stopper):
+    """Ends all trials when the storage fails: none could save what it computes."""
+
+    def __init__(self, relay: Relay) -> None:
+        """Args: who hears of it."""
+        self._relay = relay
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether a worker could not write."""
+        return self._relay.broken is not None

@@ -20,27 +20,35 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from ray._private import state as ray_state
+from ray.core.generated import gcs_pb2
 from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer, get_device
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harness.contracts import Job, Resources, RunSettings
 from harness.notes import Notes
 from harness.placement import worker_bundle
-from harness.store import Store
+from harness.store import Store, StoreError
 from harness.trial import most_failures, run_job
 from harness.watch import Observer, Stopped, Watch
 from harness.workers import Workers
 
 _train: Any = ray.train
 """Its annotations are those of its first version, whose options were others."""
+_GroupData: Any = gcs_pb2.__dict__["PlacementGroupTableData"]
+"""What Ray's control service tells of a placement group; the module makes its classes when it is imported."""
 START_SECONDS = 60
 """How long a group waits for all its places before it asks for as many as the cluster has by then: after a lost node
 Ray first goes on asking for those that were there."""
 PATIENCE_SECONDS = 1800
 """How long a group may wait in vain, over all its starts, before its trial fails, where Ray would try for ever: time
 for an autoscaler to add nodes."""
+
+ORPHAN_SECONDS = 10.0
+"""How long nothing is heard of a group until it is looked whether others hold its places that are no more."""
 
 
 def run_with_workers(
@@ -70,6 +78,9 @@ def run_with_workers(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     verdicts = None if watch is None else Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    store = Store(settings.root)
+    # Ray Train takes a file system as it is, since the options of a URI (an endpoint) cannot stand in its path.
+    file_system, storage_path = store.on_object_store("ray_train") or (None, f"{settings.root}/ray_train")
     # A new name each time: under an old one Ray Train would take the run for finished.
     name = f"{trial.trial_id}-{settings.invocation[:8]}-{time.time_ns()}"
     trainer = TorchTrainer(
@@ -84,7 +95,8 @@ def run_with_workers(
         scaling_config=_scaling(trial.resources),
         run_config=_train.RunConfig(
             name=name,
-            storage_path=f"{settings.root}/ray_train",
+            storage_path=storage_path,
+            storage_filesystem=file_system,
             failure_config=_train.FailureConfig(
                 max_failures=most_failures(trial),
                 controller_failure_limit=math.ceil(PATIENCE_SECONDS / start_seconds),
@@ -95,11 +107,16 @@ def run_with_workers(
     with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
         try:
             group = pool.submit(trainer.fit)
+            heard = time.monotonic() - ORPHAN_SECONDS
             while not group.done() or not messages.empty():
+                if time.monotonic() - heard >= ORPHAN_SECONDS:
+                    remove_orphans()
+                    heard = time.monotonic()
                 try:
                     message = messages.get(timeout=0.5)
                 except Empty:
                     continue
+                heard = time.monotonic()
                 yield message
                 if verdicts is not None and "note" not in message:
                     verdicts.put(True)
@@ -114,7 +131,26 @@ def run_with_workers(
             if verdicts is not None:
                 verdicts.shutdown()
             messages.shutdown()
-            Store(settings.root).delete_folder(f"ray_train/{name}")
+            store.delete_folder(f"ray_train/{name}")
+
+
+def remove_orphans() -> int:
+    """Frees the places of groups whose controller was killed, and returns how many groups that were.
+
+    Ray keeps a placement group of a dead actor until the job ends, and after a killed driver sometimes for ever. Ray
+    Train's own cleaner knows groups that have started, and only where Ray's dashboard tells it which actors live. Other
+    groups would wait in vain for their places. What Ray knows of creators is in no public interface.
+    """
+    orphans = 0
+    for data in ray_state.state._connect_and_get_accessor().get_placement_group_table():
+        group = _GroupData.FromString(data)
+        if group.is_detached or group.state == _GroupData.REMOVED:
+            continue
+        creator = ray_state.actors(group.creator_actor_id.hex())
+        if creator and creator["ActorClassName"] == "TrainController" and creator["State"] == "DEAD":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+            orphans += 1
+    return orphans
 
 
 def _scaling(resources: Resources) -> Any:
@@ -166,7 +202,12 @@ def _work(config: dict[str, Any]) -> None:
         owed += 1
 
     observer = None if watch is None else Observer(watch=watch, tell=look, goes_on=goes_on)
-    with suppress(Stopped):
-        for row in run_job(trial, settings, Notes(tell), workers, observer):
+    try:
+        for row in run_job(trial, settings, Notes(tell), workers, observer, lambda left: tell({"left": left})):
             tell({"row": dataclasses.asdict(row)})
             owed += 1
+    except Stopped:
+        pass
+    except StoreError as error:
+        tell({"broken": str(error)})  # the run ends; until then the group may start again in vain
+        raise

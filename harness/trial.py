@@ -7,9 +7,12 @@ Several workers may run a trial together: all of them call `run_trial`, the firs
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
+from harness.claims import Claim, Claims
 from harness.contracts import Cell, Job, Pretraining, ResultRow, RunSettings, Trial
 from harness.details import publish_details
 from harness.evaluate import Evaluation, evaluate, score_columns
@@ -17,10 +20,11 @@ from harness.fitting import FittedMethod, is_being_extracted
 from harness.measure import free_memory, is_out_of_memory
 from harness.notes import Notify
 from harness.pretraining import MAX_FAILURES, run_pretraining
+from harness.registry import load_method
 from harness.resolve import CategoryData, ResolvedTrial, identify_cells, open_dataset, read_category, resolve_trial
 from harness.rows import finished_row, unfinished_row
 from harness.sheets import publish_sheet
-from harness.store import Store, StoredPrediction
+from harness.store import Store, StoredPrediction, StoreError
 from harness.truth import load_truth
 from harness.watch import Observer, Stopped
 from harness.workers import ALONE, Workers, is_lost_worker
@@ -37,6 +41,10 @@ class WorkerDied(RuntimeError):
     """The process died every time it ran this cell."""
 
 
+Leave = Callable[[Mapping[str, str]], None]
+"""Told what other runs work on: cell id, or id of a pretraining, to the claim on it."""
+
+
 class PlanOutdated(RuntimeError):
     """Images, masks or weights on this node are not the ones that were planned."""
 
@@ -47,12 +55,14 @@ def run_job(
     notify: Notify = lambda *_: None,
     workers: Workers = ALONE,
     observer: Observer | None = None,
+    leave: Leave = lambda _: None,
 ) -> Iterator[ResultRow]:
     """Runs a trial, or a pretraining, which has no rows; see `run_trial` and `run_pretraining`."""
     if isinstance(job, Pretraining):
-        run_pretraining(job, settings, notify, workers)
+        if not run_pretraining(job, settings, notify, workers):
+            leave({job.trial_id: job.trial_id})
     else:
-        yield from run_trial(job, settings, notify, workers, observer)
+        yield from run_trial(job, settings, notify, workers, observer, leave)
 
 
 def most_failures(job: Job) -> int:
@@ -66,22 +76,28 @@ def run_trial(
     notify: Notify = lambda *_: None,
     workers: Workers = ALONE,
     observer: Observer | None = None,
+    leave: Leave = lambda _: None,
 ) -> Iterator[ResultRow]:
     """Runs what is missing of a trial and yields each row after it was saved; of several workers the leader does.
+
+    What another run works on at this moment is left to it.
 
     Args:
         trial: what to run, with the ids of its cells.
         settings: where things lie.
         notify: told about progress inside a cell.
         workers: the processes that run the trial together.
-        observer: a study that hears of the trial and may end it.
+        observer: a study that hears of the trial and may end it; nobody else works on the samples of a study.
+        leave: told by the leader what is left to others.
 
     Raises:
         Stopped: at every worker, when the observer says so; what is finished is saved.
+        StoreError: the storage cannot be written.
         Exception: with several workers, whatever went wrong at one of them, after its rows were saved: the others wait
             for it in vain, so the whole group must be started again, and goes on with the next cell.
     """
     store = Store(settings.root)
+    segments = store.segments() if workers.leads else []
     todo = workers.agree(find_open_cells(trial, store, settings) if workers.leads else None)
     try:
         dataset = open_dataset(trial.dataset, settings.places)
@@ -90,14 +106,57 @@ def run_trial(
         yield from _save_failed(store, trial, todo, error, settings, workers)
         return
     groups = fit_groups(resolved, todo)
+    claims = Claims(store, f"{settings.invocation}/{trial.trial_id}", settings.claim_seconds)
     while groups:
-        # What another trial extracts right now is left for later; when all are taken, the first is done all the same.
-        # A study compares its samples after the same categories, so those keep their order.
-        free = (n for n, group in enumerate(groups) if not _is_taken(resolved, group[0].category, settings))
-        first = 0 if observer is not None or not workers.leads else next(free, 0)
-        yield from run_group(resolved, groups.pop(workers.agree(first)), store, settings, notify, workers, observer)
+        place, claim = 0, None
+        if workers.leads and observer is None:  # a study compares its samples after the same categories, in their order
+            place, claim = _take_next(resolved, groups, claims, settings)
+        place = workers.agree(place)
+        if place < 0:
+            leave(claim_keys(trial, [cell for group in groups for cell in group]))
+            return
+        group = groups.pop(place)
+        with claim or nullcontext():
+            # Somebody else may have finished it before the claim on it was free.
+            done = workers.agree(store.finished_since((c.cell_id for c in group), segments) if claim else set())
+            group = [cell for cell in group if cell.cell_id not in done]
+            if group:
+                yield from run_group(resolved, group, store, settings, notify, workers, observer)
         if observer is not None and groups and not workers.agree(observer.goes_on() if workers.leads else None):
             raise Stopped
+
+
+def _take_next(
+    resolved: ResolvedTrial, groups: Sequence[Sequence[Cell]], claims: Claims, settings: RunSettings
+) -> tuple[int, Claim | None]:
+    """The place of the next group and the claim on it; -1 if others work on all of them.
+
+    What another trial extracts right now is left for later; when all are taken, the first is done all the same.
+    """
+    places = range(len(groups))
+    free = (n for n in places if not _is_taken(resolved, groups[n][0].category, settings))
+    for place in itertools.chain(free, places):
+        (key,) = claim_keys(resolved.trial, groups[place][:1]).values()
+        claim = claims.take(key)
+        if claim is not None:
+            return place, claim
+    return -1, None
+
+
+def claim_keys(trial: Trial, cells: Sequence[Cell]) -> dict[str, str]:
+    """Cell id to the claim on the fit that the cell needs, which is the same in every run."""
+    one_fit = load_method(trial.method).scope == "dataset"
+    return {cell.cell_id: (trial.cells[0] if one_fit else cell).prediction_id for cell in cells}
+
+
+def find_left(job: Job, store: Store, settings: RunSettings) -> dict[str, str]:
+    """What `run_job` would leave to others, if that is all there is to do; else nothing."""
+    if isinstance(job, Pretraining):
+        keys = {job.trial_id: job.trial_id}
+    else:
+        keys = claim_keys(job, find_open_cells(job, store, settings))
+    claims = Claims(store, f"{settings.invocation}/{job.trial_id}", settings.claim_seconds)
+    return keys if claims.held_by_others(keys.values()) == set(keys.values()) else {}
 
 
 def find_open_cells(trial: Trial, store: Store, settings: RunSettings) -> list[Cell]:
@@ -216,6 +275,8 @@ def _finish(
     try:
         row, result = score_cell(resolved, cell, images, prediction, rescored, store, settings)
         store.publish_row(row)
+    except StoreError:
+        raise
     except Exception as error:
         row = unfinished_row(resolved.trial, cell, "failed", error, settings)
         store.publish_row(row)
@@ -292,8 +353,8 @@ def _count_attempt(cells: Sequence[Cell], store: Store, settings: RunSettings) -
 def _save_failed(
     store: Store, trial: Trial, cells: Sequence[Cell], error: Exception, settings: RunSettings, workers: Workers
 ) -> Iterator[ResultRow]:
-    if is_lost_worker(error):
-        raise error  # the group starts again, and attempts are counted
+    if is_lost_worker(error) or isinstance(error, StoreError):
+        raise error  # the group starts again, and attempts are counted; or no row can be saved
     for cell in cells:
         row = unfinished_row(trial, cell, "failed", error, settings)
         store.publish_row(row)

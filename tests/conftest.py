@@ -52,7 +52,7 @@ def pytest_addoption(parser):
         default=str(Path(__file__).parents[2] / "shared" / "data"),
         help="folder with real images for the tests marked `data` (default: shared/data beside the checkout)",
     )
-    parser.addoption("--remake-golden", action="store_true", help="write the pinned numbers of tests/golden anew")
+    parser.addoption("--remake-golden", action="store_true", help="write the pinned numbers of harness/golden anew")
 
 
 @pytest.fixture(scope="session")

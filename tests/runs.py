@@ -60,10 +60,9 @@ class SmallRun:
         from harness.run import RunOptions  # brings pandas and MLflow, which tests of single trials do without
 
         return RunOptions(
-            root=self.root,
             data_root=self.places.data_root,
             cache_dir=self.places.cache_dir,
-            **{"random_weights": True, "tracking_uri": "off", "pictures": False, **changes},
+            **{"root": self.root, "random_weights": True, "tracking_uri": "off", "pictures": False, **changes},
         )
 
 

@@ -4,34 +4,26 @@ They are remade with `python -m pytest tests/test_golden.py --remake-golden`.
 """
 
 import json
-from pathlib import Path
 
 import pytest
 from runs import SmallRun
 
-pytestmark = pytest.mark.slow
+from harness.verify import CELLS, NUMBERS
 
-GOLDEN = Path(__file__).parent / "golden" / "generated.json"
-SPACE = """
-name: golden
-methods: [padim, patchcore]
-backbones: [tf_efficientnet_lite0]
-datasets: [{name: generated, categories: [printed_tile, woven_fabric]}]
-shots: [16]
-"""
+pytestmark = pytest.mark.slow
 
 
 def test_numbers_are_the_pinned_ones(tmp_path, places, request):
     run = SmallRun(tmp_path, places)
-    rows = run.run_plan(run.plan(SPACE, random_weights=False))
+    rows = run.run_plan(run.plan(CELLS.read_text(), random_weights=False))
     assert {row.status for row in rows.values()} == {"ok"}, [row.reason for row in rows.values()]
     found = {
         " ".join(cell): {name: round(row.metrics[name], 5) for name in sorted(row.metrics)}
         for cell, row in rows.items()
     }
     if request.config.getoption("--remake-golden"):
-        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
-    pinned = json.loads(GOLDEN.read_text())
+        NUMBERS.write_text(json.dumps(found, indent=1) + "\n")
+    pinned = json.loads(NUMBERS.read_text())
     assert found.keys() == pinned.keys()
     for cell, metrics in pinned.items():
         for name, value in metrics.items():

@@ -3,6 +3,7 @@ import io
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import torch
 
 from harness.contracts import AdgridError, ResultRow
 from harness.quantisation import MapError, quantise
-from harness.store import Store, StoredPrediction
+from harness.store import Store, StoredPrediction, StoreError
 
 
 def make_row(cell_id="c1", status="ok", time="2026-01-01", **changes):
@@ -144,7 +145,7 @@ def test_a_killed_writer_leaves_the_old_bytes_and_no_half_file(tmp_path):
     store.publish("rows/new/a.ok.parquet", b"old")
     code = (
         "import os, signal, sys\n"
-        "from harness.store import Store\n"
+        "from harness.store import StoreError, Store\n"
         "os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
         "Store(sys.argv[1]).publish('rows/new/a.ok.parquet', b'new' * 1000)\n"
     )
@@ -161,7 +162,7 @@ def test_a_full_disk_keeps_the_old_bytes_and_is_told(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StoreError, match=r"--root .* cannot be written .*No space left.*row saved so far is safe"):
         store.publish("key", b"new")
     assert store.read("key") == b"old"
     assert store.names("") == ["key"]
@@ -188,3 +189,31 @@ def test_a_few_rows_are_the_same_as_picked_from_all(tmp_path):
     for wanted in (["003"], ["599"], ["003", "255", "256", "511"], [f"{number:03d}" for number in range(0, 600, 3)]):
         assert store.load_rows(wanted) == {cell_id: everything[cell_id] for cell_id in wanted}
     assert store.load_rows(["nothing of that name"]) == {}
+
+
+def test_of_many_that_publish_something_new_one_does(store):
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda n: store.publish_new("key", str(n).encode()), range(8)))
+    assert won.count(True) == 1
+    assert store.read("key") == str(won.index(True)).encode()
+    assert store.names("") == ["key"]
+
+
+def test_a_file_system_without_links_takes_new_objects_too(store, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    assert store.publish_new("key", b"one")
+    assert not store.publish_new("key", b"two")
+    assert store.read("key") == b"one"
+
+
+def test_cells_that_others_finish_meanwhile_are_found_though_folded(store):
+    segments = store.segments()
+    assert store.finished_since(["c1", "c2"], segments) == set()
+    store.publish_row(make_row())
+    store.publish_row(make_row(cell_id="c2", status="failed", reason="x"))
+    assert store.finished_since(["c1", "c2"], segments) == {"c1"}
+    store.fold_rows(at_least=1)
+    assert store.finished_since(["c1", "c2"], segments) == {"c1"}

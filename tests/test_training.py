@@ -4,12 +4,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import ray
 from ray.cluster_utils import Cluster
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from runs import SPACE, SmallRun, quiet_console
 
 from harness.contracts import Places
 from harness.run import execute
 from harness.sweep import connect
+from harness.training import remove_orphans
 
 pytestmark = pytest.mark.ray
 TUNED = SPACE.replace("[toy_features]", "[{name: toy_tuned, params: {epochs: 3, learning_rate: 0.1, MORE}}]")
@@ -138,3 +141,33 @@ def test_a_pretraining_on_two_nodes_survives_a_killed_worker(run, tmp_path):
     assert factors[0] != 1
     assert row.curves["scaling"] == pytest.approx(expected.curves["scaling"], rel=1e-5)
     assert row.metrics == pytest.approx(expected.metrics, abs=1e-5)
+
+
+def test_places_of_a_killed_controller_are_freed_and_no_others(cluster):
+    class Holder:
+        def hold(self):
+            self.group = ray.util.placement_group([{"CPU": 1}])
+            return self.group.wait(30) and self.group.id.hex()
+
+    def start(name):
+        actor = ray.remote(type(name, (Holder,), {})).options(num_cpus=0).remote()
+        return actor, ray.get(actor.hold.remote())
+
+    (killed, orphan), (_, living), (other, kept) = start("TrainController"), start("TrainController"), start("Another")
+    for actor in (killed, other):
+        ray.kill(actor)
+    deadline = time.monotonic() + 60
+    while remove_orphans() == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+    def state(group):
+        return ray.util.placement_group_table()[group]["state"]
+
+    while state(orphan) != "REMOVED":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert (state(living), state(kept)) == ("CREATED", "CREATED")
+    assert remove_orphans() == 0
+    for group in (living, kept):
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))

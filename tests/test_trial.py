@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from PIL import Image
 from runs import SPACE, SmallRun
 
-from harness.trial import run_trial
+from harness.claims import Claims
+from harness.store import Store, StoreError
+from harness.trial import find_left, run_trial
 
 BROKEN = SPACE.replace("[toy_features]", "[{name: toy_broken, params: {how: HOW, category: middle, note: NOTE}}]")
 FOLDER = SPACE.replace("[toy_squares]", "[{name: parts, layout: folder}]")
@@ -448,3 +451,84 @@ def test_rows_say_that_a_method_normalised_by_test_images(run):
     maps = [run.store.load_prediction(row.prediction_id).anomaly_maps for row in (usual, official)]
     assert maps[1].min() == pytest.approx(-1, abs=0.2)  # the likeliest patch of all test images has a likelihood of one
     assert not np.allclose(maps[0], maps[1])
+
+
+def test_what_another_run_works_on_is_left_to_it(run):
+    plan = run.plan()
+    (trial,) = plan.trials
+    cells = {cell.category: cell for cell in trial.cells}
+    left = {}
+    with Claims(run.store, "another run").take(cells["middle"].prediction_id):
+        rows = list(run_trial(trial, run.settings(plan), leave=left.update))
+    assert {row.category for row in rows} == {"small", "large"}
+    assert left == {cells["middle"].cell_id: cells["middle"].prediction_id}
+    assert list(run.run_plan(plan)) == ["middle"]
+    assert run.store.names("claims") == []
+
+
+def test_a_dataset_wide_fit_is_one_claim(run):
+    plan = run.plan(SPACE.replace("toy_features", "toy_dataset"))
+    (trial,) = plan.trials
+    left = {}
+    with Claims(run.store, "another run").take(trial.cells[0].prediction_id):
+        assert list(run_trial(trial, run.settings(plan), leave=left.update)) == []
+        assert find_left(trial, run.store, run.settings(plan)) == left
+    assert left.keys() == {cell.cell_id for cell in trial.cells}
+    assert len(run.run_plan(plan)) == 3
+    assert find_left(trial, run.store, run.settings(plan)) == {}
+
+
+def test_a_cell_that_another_run_finishes_meanwhile_is_not_computed_again(run, monkeypatch):
+    plan = run.plan()
+    (trial,) = plan.trials
+    rows = run_trial(trial, run.settings(plan))
+    first = next(rows)
+    others = run.run_plan(plan)  # the first is done, and the second run takes the rest
+    assert len(others) == 2
+    monkeypatch.setattr("harness.trial.FittedMethod", None)
+    assert list(rows) == []
+    assert {first.category, *others} == {"small", "middle", "large"}
+
+
+def test_a_full_disk_ends_a_trial_and_loses_no_row(run, monkeypatch):
+    plan = run.plan()
+    rows = run_trial(plan.trials[0], run.settings(plan))
+    saved = next(rows)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        with pytest.raises(StoreError, match="No space left"):
+            list(rows)
+    found = run.store.load_rows()
+    assert {row.category: row.status for row in found.values()} == {saved.category: "ok"}
+    assert len(run.run_plan(plan)) == 2
+
+
+def test_a_slow_storage_changes_no_number(run, tmp_path, places, monkeypatch):
+    monkeypatch.setattr("harness.claims.BEATS", 1000)  # claims are renewed again and again meanwhile
+
+    def slowly(method):
+        def call(*args, **options):
+            time.sleep(0.03)
+            return method(*args, **options)
+
+        return call
+
+    for name in ("_put", "read", "exists", "names"):
+        monkeypatch.setattr(Store, name, slowly(getattr(Store, name)))
+    slow = run(claim_seconds=1.0)
+    monkeypatch.undo()
+    fast = SmallRun(tmp_path / "fast", places)()
+    assert {name: row.metrics for name, row in slow.items()} == {name: row.metrics for name, row in fast.items()}
+
+
+def test_a_cache_too_small_for_a_category_changes_no_number(run, tmp_path, places):
+    methods = SPACE.replace("[toy_features]", "[toy_features, toy_pixels]")
+    rows = run(methods, cache_gib=2e-5)
+    whole = SmallRun(tmp_path / "other", dataclasses.replace(places, cache_dir=str(tmp_path / "whole")))(methods)
+    assert {key: row.metrics for key, row in rows.items()} == {key: row.metrics for key, row in whole.items()}
+    assert any("do not fit" in note[1] for note in run.notes)
+    assert sum(file.stat().st_size for file in Path(places.cache_dir).rglob("*.arrow")) < 2e-5 * 2**30
