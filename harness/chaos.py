@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import random
 import shutil
@@ -87,6 +88,7 @@ def run_chaos(
     console: Console,
     space: str | Path = SPACE,
     kinds: Sequence[str] = KINDS,
+    rounds: int = 2,
 ) -> ChaosOutcome:
     """Kills so many processes and compares every round with an undisturbed run.
 
@@ -95,8 +97,10 @@ def run_chaos(
         seed: of the order, the victims and the moments.
         options: `root` and `cache_dir` hold the folders that it works in; both must be on this machine.
         console: told what happens.
-        space: what is computed; every second round lets groups of workers go on with one.
+        space: what is computed.
         kinds: what is killed.
+        rounds: how often the space is computed under kills, of which each gets an equal part; in every second round a
+            group of workers goes on with one where others are lost.
     """
     if Store(options.root).local_path("") is None:
         raise AdgridError("--chaos simulates nodes on this machine; name a local folder with --root")
@@ -112,30 +116,31 @@ def run_chaos(
         calm.run_to_its_end()
         storm = _Storm(num_kills, random.Random(seed), cluster, server, console, kinds)
         problems: list[str] = []
-        rounds = starts = 0
-        while storm.deck or not rounds:
-            rounds += 1
-            root, elastic = folder / f"round-{rounds}", rounds % 2 == 0
-            driver = _Driver(str(space), root, folder / f"cache-{rounds}", cluster, server, options, elastic)
+        number = starts = 0
+        while storm.deck or not number:
+            number += 1
+            root, elastic = folder / f"round-{number}", number % 2 == 0
+            driver = _Driver(str(space), root, folder / f"cache-{number}", cluster, server, options, elastic)
             before = len(storm.kills)
-            storm.blow(driver, rounds, start)
+            storm.blow(driver, number, math.ceil(num_kills / rounds), start)
             # Whatever was missing at the end, a node or the server, is back; the same command once more makes it whole.
             cluster.complete()
             server.start()
             driver.run_to_its_end()
             starts += driver.starts
             found = _judge(folder / "calm", root, server.uri, elastic)
-            problems += [f"round {rounds}: {problem}" for problem in found]
+            problems += [f"round {number}: {problem}" for problem in found]
             killed = len(storm.kills) - before
             verdict = "[red]differs[/]" if found else "[green]as undisturbed[/]"
-            console.print(f"round {rounds}: {killed} kills, {driver.starts} starts, {verdict}")
-            shutil.rmtree(folder / f"cache-{rounds}", ignore_errors=True)
+            how = " with elastic groups" * elastic
+            console.print(f"round {number}{how}: {killed} kills, {driver.starts} starts, {verdict}")
+            shutil.rmtree(folder / f"cache-{number}", ignore_errors=True)
         cells = len(Store(str(folder / "calm")).load_rows())
         if problems:  # what went wrong is kept
             stack.pop_all()
     return ChaosOutcome(
         kills=tuple(storm.kills),
-        rounds=rounds,
+        rounds=number,
         starts=starts,
         cells=cells,
         seconds=time.monotonic() - start,
@@ -190,12 +195,13 @@ class _Storm:
         draw.shuffle(self.deck)
         self.kills: list[Kill] = []
 
-    def blow(self, driver: _Driver, number: int, start: float) -> None:
+    def blow(self, driver: _Driver, number: int, most_kills: int, start: float) -> None:
         """Gives the command until it has come to its end, and kills things meanwhile."""
+        left = len(self.deck) - most_kills
         driver.start()
         due = time.monotonic() + self._draw.uniform(*PAUSE_SECONDS)
         back: list[tuple[float, str]] = []
-        most = driver.starts + len(self.deck) + MAX_STARTS
+        most = driver.starts + most_kills + MAX_STARTS
         while True:
             now = time.monotonic()
             for item in [item for item in back if item[0] <= now]:
@@ -208,7 +214,7 @@ class _Storm:
                 if driver.starts >= most:
                     raise AdgridError(f"the run does not come to an end: {driver.output()}")
                 driver.start()
-            if self.deck and now >= due and driver.is_at_work():
+            if len(self.deck) > max(left, 0) and now >= due and driver.is_at_work():
                 kind, victim = self._kill_one(driver)
                 if victim is not None:
                     self.deck.remove(kind)

@@ -130,7 +130,7 @@ def test_a_storm_leaves_what_an_undisturbed_run_leaves(tmp_path, console):
     space = tmp_path / "storm.yaml"
     space.write_text(STORM)
     places = {"cache_dir": str(tmp_path / "cache"), "root": str(tmp_path / "root")}
-    outcome = run_chaos(len(KINDS), 1, RunOptions(random_weights=True, **places), console, space=space)
+    outcome = run_chaos(len(KINDS), 1, RunOptions(random_weights=True, **places), console, space=space, rounds=1)
     show_chaos(outcome, console)
     assert outcome.problems == (), console.export_text()
     assert {kill.kind for kill in outcome.kills} == set(KINDS)
