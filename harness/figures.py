@@ -36,6 +36,8 @@ ALERT = "#d55e00"
 _MARGIN = 0.3
 _MAX_SIDE_PX = 30_000
 _MAX_REASONS = 8
+PNG_LEVEL = 3
+"""Of zlib: half the time of its default for files that are a tenth larger."""
 
 
 # --- a canvas in inches ----------------------------------------------------------------------------------------
@@ -69,10 +71,12 @@ class Canvas:
         down: Literal["center_baseline", "baseline"] = "center_baseline",
         angle: float = 0.0,
     ) -> None:
-        self.axes.text(
+        # Artists of the figure, unlike those of axes, are not clipped, which would take longer than drawing them.
+        self.figure.text(
             x,
             y,
             text,
+            transform=self.axes.transData,
             fontsize=size,
             color=colour,
             fontweight="bold" if bold else "normal",
@@ -85,8 +89,7 @@ class Canvas:
         )
 
     def box(self, x: float, y: float, width: float, height: float, **style: Any) -> None:
-        # `add_patch` would recompute the data limits each time, which takes longer than drawing.
-        self.axes.add_artist(Rectangle((x, y), width, height, **style))
+        self.figure.add_artist(Rectangle((x, y), width, height, transform=self.axes.transData, **style))
 
     def image(self, x: float, y: float, width: float, height: float, pixels: np.ndarray) -> None:
         self.axes.imshow(pixels, extent=(x, x + width, y + height, y), interpolation="none", aspect="auto")
@@ -96,12 +99,14 @@ class Canvas:
         if isinstance(target, (str, Path)):
             Path(target).parent.mkdir(parents=True, exist_ok=True)
         kind = Path(target).suffix if isinstance(target, (str, Path)) else ".png"
+        options: dict[str, Any] = {"pil_kwargs": {"compress_level": PNG_LEVEL}} if kind == ".png" else {}
         # Text stays text in an SVG, and the same figure gives the same file on another day.
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": "adgrid"}):
             self.agg.print_figure(
                 target,
                 dpi=min(dpi, _MAX_SIDE_PX / max(self.width, self.height)),
                 metadata={".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(kind),
+                **options,
             )
 
 

@@ -2,9 +2,9 @@
 
 What is estimated is always a weighted sum of metrics, such as one AUROC minus another or a mean of such differences.
 
-- **Over images**, for AUROC: DeLong, DeLong and Clarke-Pearson (Biometrics 1988), computed by ranks as Sun and Xu
-  (IEEE Signal Processing Letters 2014) do, with the degrees of freedom that Brunner and Munzel (Biometrical Journal
-  2000) give the same variance. Any weights, so the scores of many seeds and detectors on the same images count jointly.
+- **Over images**, for AUROC: DeLong, DeLong and Clarke-Pearson (Biometrics 1988), computed from sorted scores in
+  the spirit of Sun and Xu (IEEE Signal Processing Letters 2014), with the degrees of freedom that Brunner and Munzel
+  (Biometrical Journal 2000) give the same variance. Any weights, so the scores of many seeds and detectors on the same images count jointly.
 - **Over images**, for any metric of image scores: a paired bootstrap, normal and anomalous images resampled apart.
 - **Over seeds**: Student's t of the differences per seed, or Welch's where the two sides have different seeds.
 
@@ -20,8 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
-from scipy.stats import t as student_t
+from scipy.special import stdtr, stdtrit
 
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1_max")
 """Metrics that image scores alone determine."""
@@ -44,7 +43,7 @@ class Estimate:
         """Symmetric interval that covers the true value with probability `confidence`; None without a variance."""
         if self.variance is None:
             return None
-        half = float(student_t.ppf((1 + confidence) / 2, self.dof)) * math.sqrt(self.variance)
+        half = float(stdtrit(self.dof, (1 + confidence) / 2)) * math.sqrt(self.variance)
         return self.value - half, self.value + half
 
     def p_value(self) -> float | None:
@@ -53,7 +52,7 @@ class Estimate:
             return None
         if self.variance == 0:  # only ever beside a difference of nothing
             return 1.0
-        return float(2 * student_t.sf(abs(self.value) / math.sqrt(self.variance), self.dof))
+        return float(2 * stdtr(self.dof, -abs(self.value) / math.sqrt(self.variance)))
 
 
 def add_variances(value: float, parts: Iterable[Estimate]) -> Estimate:
@@ -84,10 +83,15 @@ def placements(scores: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.nd
     """
     anomalous = label == 1
     positive, negative = scores[:, anomalous], scores[:, ~anomalous]
-    ranks = rankdata(scores, axis=1)
-    beats = (ranks[:, anomalous] - rankdata(positive, axis=1)) / negative.shape[1]
-    beaten = 1 - (ranks[:, ~anomalous] - rankdata(negative, axis=1)) / positive.shape[1]
-    return beats, beaten
+    return _shares_below(positive, negative), 1 - _shares_below(negative, positive)
+
+
+def _shares_below(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(K, a) for each score the share of the (K, b) others of its row that lie below it; equal ones count one half."""
+    shares = np.empty(scores.shape)
+    for row, score, other in zip(shares, scores, np.sort(others, axis=1), strict=True):
+        row[:] = np.searchsorted(other, score, "left") + np.searchsorted(other, score, "right")
+    return shares / (2 * others.shape[1])
 
 
 def delong(scores: np.ndarray, label: np.ndarray, weights: np.ndarray) -> Estimate:
