@@ -4,7 +4,8 @@ What is estimated is always a weighted sum of metrics, such as one AUROC minus a
 
 - **Over images**, for AUROC: DeLong, DeLong and Clarke-Pearson (Biometrics 1988), computed from sorted scores in
   the spirit of Sun and Xu (IEEE Signal Processing Letters 2014), with the degrees of freedom that Brunner and Munzel
-  (Biometrical Journal 2000) give the same variance. Any weights, so the scores of many seeds and detectors on the same images count jointly.
+  (Biometrical Journal 2000) give the same variance. Any weights, so the scores of many seeds and detectors on the same
+  images count jointly.
 - **Over images**, for any metric of image scores: a paired bootstrap, normal and anomalous images resampled apart.
 - **Over seeds**: Student's t of the differences per seed, or Welch's where the two sides have different seeds.
 
