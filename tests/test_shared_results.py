@@ -182,7 +182,7 @@ def test_every_documented_filter_finds_what_it_says(runs):
     words = {
         "small_five_by_five-1a2b3c4d": runs.good,
         "mvtec_ad": "toy_squares",
-        "patchcore/resnet18": "toy_features/toy_resnet",
+        "patchcore resnet18": "toy_features toy_resnet",
         "patchcore": "toy_features",
         "param.coreset_ratio` = '0.1'": "param.scale` = '1'",
         "/bottle": "/large",
