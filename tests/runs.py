@@ -68,3 +68,10 @@ class SmallRun:
 
 def quiet_console():
     return Console(quiet=True)
+
+
+def write(tmp_path, text):
+    """The path of a search space with this text."""
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    return str(path)

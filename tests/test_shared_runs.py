@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import SPACE, SmallRun, quiet_console
+from runs import SPACE, SmallRun, quiet_console, write
 
 from harness.claims import Claims
 from harness.cli import main
@@ -27,12 +27,6 @@ SLOW = SPACE.replace(
 @pytest.fixture
 def run(tmp_path, places):
     return SmallRun(tmp_path, places)
-
-
-def write(tmp_path, text):
-    path = tmp_path / "space.yaml"
-    path.write_text(text)
-    return str(path)
 
 
 def start(space, run, *words):

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from runs import SPACE, SmallRun, quiet_console
+from runs import SPACE, SmallRun, quiet_console, write
 
 from harness.progress import Listener
 from harness.run import execute
@@ -31,12 +31,6 @@ def local_ray():
 @pytest.fixture
 def run(tmp_path, places):
     return SmallRun(tmp_path, places)
-
-
-def write(tmp_path, text):
-    path = tmp_path / "space.yaml"
-    path.write_text(text)
-    return str(path)
 
 
 def statuses(rows):
