@@ -42,7 +42,8 @@ def make_run(root: str, run_id: str, shift: float, num_rows: int, num_images: in
 
     from harness.bundle import write_bundle
     from harness.metrics import image_metrics
-    from harness.store import Store, rows_to_parquet
+    from harness.row_files import rows_to_parquet
+    from harness.store import Store
 
     store, rows = Store(root), []
     axes = itertools.product([f"method{n}" for n in range(5)], [f"backbone{n}" for n in range(4)])

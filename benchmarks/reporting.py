@@ -32,7 +32,7 @@ def make_run(root: str, num_rows: int, num_images: int) -> None:
     from toy_rows import toy_row
 
     from harness.metrics import image_metrics
-    from harness.store import rows_to_parquet, table_to_parquet
+    from harness.row_files import rows_to_parquet, table_to_parquet
 
     def write(key: str, data: bytes) -> None:  # without waiting for the disk, as a store does for every file
         (Path(root) / key).parent.mkdir(parents=True, exist_ok=True)
@@ -93,8 +93,8 @@ def make_run(root: str, num_rows: int, num_images: int) -> None:
 def time_report(num_rows: int, num_images: int) -> dict[str, float]:
     from harness.bundle import write_bundle
     from harness.report import write_report
-    from harness.run import write_page
     from harness.run_folder import read_run
+    from harness.run_report import write_page
     from harness.store import Store
 
     seconds: dict[str, float] = {}

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from datetime import datetime
@@ -139,8 +140,8 @@ def take_step(step, folder, num_cpus, profile):
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     from rich.console import Console
 
-    import harness.report
     import harness.run
+    import harness.run_report
     from harness.options import RunOptions
     from harness.run_folder import read_run
     from harness.store import Store
@@ -156,7 +157,7 @@ def take_step(step, folder, num_cpus, profile):
         elif step == "report":
             store = Store(root)
             (run_id,) = [path.name for path in (folder / "root" / "runs").iterdir()]
-            harness.run.remake_report(store, read_run(store, run_id))
+            harness.run_report.remake_report(store, read_run(store, run_id))
         else:
             watch_phases(marks)
             outcome = harness.run.execute(space, options, console, "benchmark")
@@ -188,24 +189,25 @@ def profiled(folder, step):
 
 def watch_phases(marks):
     """Notes when trials begin and end, how many workers ran them, what all computed, and when the mirror was done."""
-    import psutil
-
     import harness.sweep
     import harness.tracker
 
     run_trials, close = harness.sweep.run_trials, harness.tracker.Tracker._close
 
     def timed(*arguments, **options):
-        cpu = time.process_time()
+        cpu, spent, over = time.process_time(), {}, threading.Event()
+        # Workers are gone when the last trial has ended.
+        watch = threading.Thread(target=watch_workers, args=(spent, over), daemon=True)
+        watch.start()
         marks["began"] = time.time()
         try:
             return run_trials(*arguments, **options)
         finally:
             marks["ended"] = time.time()
             marks["driver_cpu_seconds"] = time.process_time() - cpu
-            family = psutil.Process().children(recursive=True)
-            spent = [sum(child.cpu_times()[:2]) for child in family if is_worker(child)]
-            marks["worker_cpu_seconds"], marks["num_workers"] = sum(spent), len(spent)
+            over.set()
+            watch.join()
+            marks["worker_cpu_seconds"], marks["num_workers"] = sum(spent.values()), len(spent)
 
     def close_and_note(tracker):
         close(tracker)
@@ -214,9 +216,15 @@ def watch_phases(marks):
     harness.sweep.run_trials, harness.tracker.Tracker._close = timed, close_and_note
 
 
-def is_worker(process):
-    """Whether a process has run trials; one that never did has not imported torch."""
-    return process.name().startswith("ray::") and process.memory_info().rss > 250 * 2**20
+def watch_workers(spent, over):
+    """Notes every second what each process that runs trials has computed, in seconds, by its number."""
+    import psutil
+
+    while not over.wait(1.0):
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if " ".join(process.cmdline()).startswith("ray::ImplicitFunc"):
+                    spent[process.pid] = sum(process.cpu_times()[:2])
 
 
 def time_cells(rows, marks, num_cpus):

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from harness.contracts import ResultRow
-from harness.store import Store, rows_from_parquet, rows_to_parquet, table_to_parquet
+from harness.row_files import rows_from_parquet, rows_to_parquet, table_to_parquet
+from harness.store import Store
 
 ROWS_FILE, SCORES_FILE = "rows.parquet", "image_scores.parquet"
 

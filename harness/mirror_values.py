@@ -5,6 +5,7 @@ Names are part of what people rely on; docs/mlflow.md lists them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -36,6 +37,7 @@ class Input:
     """Category -> fingerprints of its images and of its ground truth."""
 
 
+@functools.lru_cache(maxsize=65536)
 def metric_key(name: str) -> str:
     """A name that MLflow takes for a metric or parameter: letters, digits and `_ - . : / space`, 250 at most."""
     # MLflow reads a key as a path and refuses one that another path could mean.

@@ -1,10 +1,13 @@
-"""Progress of one trial on its way to whoever listens: notes now and then, and every loss."""
+"""What one trial tells whoever listens: its rows, notes of progress now and then, and every loss."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
+
+from harness.contracts import ResultRow
+from harness.row_files import row_from_text, row_to_text
 
 NOTE_SECONDS = 1.0
 """Least time between two notes of progress from one trial."""
@@ -43,6 +46,16 @@ class Notes:
             self._last = time.monotonic()
             self._tell({"note": [category, what, done, total], "losses": self._losses})
             self._losses = []
+
+
+def row_message(row: ResultRow) -> dict[str, Any]:
+    """`{"row": ...}`, which says nothing to Ray Tune: of every number that it can read it would keep statistics."""
+    return {"row": row_to_text(row)}
+
+
+def read_row(message: Mapping[str, Any]) -> ResultRow:
+    """The row in a message that has one."""
+    return row_from_text(message["row"])
 
 
 def read_losses(message: Sequence[Sequence[Any]]) -> list[Loss]:

@@ -12,8 +12,8 @@ from harness.details import remake_details
 from harness.options import RunOptions
 from harness.report import build_matrices, rows_frame, terminal_table
 from harness.rescore import rescore_run
-from harness.run import remake_report
 from harness.run_folder import find_run, read_run
+from harness.run_report import remake_report
 from harness.sheets import remake_sheets
 from harness.store import join_root
 

@@ -94,7 +94,7 @@ def scored_row(
         stamps=row.stamps if RESCORED in row.stamps else (*row.stamps, RESCORED),
         provenance={
             **row.provenance,
-            **_software(),
+            **software_facts(),
             "metric_version": str(METRIC_VERSION),
             "command": command,
             "run_id": run_id,
@@ -133,7 +133,7 @@ def _row(trial: Trial, cell: Cell, status: RowStatus, settings: RunSettings) -> 
         protocol=_plain(trial.protocol),
         protocol_id=protocol_id(trial.protocol),
         provenance={
-            **_software(),
+            **software_facts(),
             "command": settings.command,
             "run_id": settings.run_id,
             "invocation": settings.invocation,
@@ -190,7 +190,8 @@ def _plain(record: EvaluationProtocol | Tuned) -> dict[str, Any]:
 
 
 @functools.cache
-def _software() -> dict[str, str]:
+def software_facts() -> dict[str, str]:
+    """Versions of this program and of the packages that numbers depend on, and the commit of a checkout."""
     versions = {}
     for package in ("adgrid", *PACKAGES):
         try:

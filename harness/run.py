@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 import uuid
 from collections.abc import Sequence
@@ -14,23 +13,19 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from harness.bundle import SCORES_FILE, scores_from_parquet, write_bundle
 from harness.claims import Claims
 from harness.contracts import AdgridError, Job, Pretraining, ResultRow, RunSettings, Trial
-from harness.details import load_details
-from harness.html_report import render_page
 from harness.identity import canonical_json
 from harness.options import RunOptions
 from harness.placement import check_placement, read_cluster_limits
 from harness.plan import Plan, make_plan
 from harness.progress import Listener, ProgressBoard
-from harness.report import rows_frame, write_report
-from harness.run_folder import RunRecord, StudyOutcome, conclude_study, keep_plan, read_run
-from harness.sheets import sheet_key
+from harness.report import rows_frame
+from harness.run_folder import StudyOutcome, conclude_study, keep_plan, read_run
+from harness.run_report import describe_record, is_made, remake_report
 from harness.space import load_space
 from harness.store import Store, StoreError, join_root
-from harness.study import Ledger, Study, read_study
-from harness.study_report import study_picture, write_studies
+from harness.study import Ledger, Study
 from harness.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -141,10 +136,13 @@ def execute(space_path: str, options: RunOptions, console: Console, command: str
         keeper.trim()
         keep_plan(store, plan, command, studies)
         record = read_run(store, plan.run_id)
-        with store.told("written"):
-            files = remake_report(store, record)
-        with console.status("mirroring to MLflow"):
-            tracker.finish(record, files)
+        digest = describe_record(record)
+        # Of a run to which nothing has come since, everything is there already.
+        if not (is_made(store, record, digest) and tracker.holds(digest)):
+            with store.told("written"):
+                files = remake_report(store, record)
+            with console.status("mirroring to MLflow"):
+                tracker.finish(record, files, digest)
     without = [study.study.name for study in studies if not study.winners]
     notes = [f"{name}: no configuration finished, so there is none to report" for name in without]
     return Outcome(
@@ -240,53 +238,6 @@ class _Crew(ExitStack):
             more = "add nodes, or name the file of an autoscaler that may add some with --cluster-config"
             check_placement(jobs, [*self._nodes, *list_reported_limits()], more)
         return self._nodes if self._options.address is None else None
-
-
-def remake_report(store: Store, record: RunRecord, also_figures: Sequence[str] = ()) -> list[Path]:
-    """Writes tables and pictures of a run into its folder and returns them as local files."""
-    run_id, rows = record.run_id, record.rows
-    # As seen from the report's folder, whether on a file system or under a URI.
-    drawn = {f"sheets/{name}" for name in store.names("sheets")}
-    keys = {row.cell_id: sheet_key(row.cell_id) for row in rows}
-    sheets = {cell_id: f"../../../{key}" for cell_id, key in keys.items() if key in drawn}
-    folder = store.local_path(f"runs/{run_id}/report")
-    temporary = folder or Path(tempfile.mkdtemp(prefix="adgrid-report-"))
-    samples = {row.cell_id: row for row in record.sample_rows}
-    study_files, sections = write_studies(temporary, record.studies, samples, record.command)
-    files = write_report(
-        temporary,
-        rows,
-        title=record.name,
-        command=record.command,
-        expected_cells=record.num_expected,
-        contact_sheets=sheets,
-        further_sections=sections,
-        also_figures=also_figures,
-    )
-    files += study_files
-    files += write_bundle(store, record.run_id, rows, temporary)
-    files.append(write_page(store, record, temporary))
-    for file in files if folder is None else ():
-        store.publish(f"runs/{run_id}/report/{file.relative_to(temporary)}", file.read_bytes())
-    return files
-
-
-def write_page(store: Store, record: RunRecord, folder: Path) -> Path:
-    """Writes `report.html` beside the other files of a report, and returns it."""
-    rows, samples = record.rows, {row.cell_id: row for row in record.sample_rows}
-    finished = [row.cell_id for row in rows if row.status == "ok"]
-    page = render_page(
-        rows,
-        scores_from_parquet((folder / SCORES_FILE).read_bytes()),
-        {cell_id: load_details(store, cell_id) for cell_id in finished},
-        title=record.name,
-        command=record.command,
-        expected_cells=record.num_expected,
-        studies=[(study, read_study(study, samples), study_picture(folder, study)) for study in record.studies],
-    )
-    target = folder / "report.html"
-    target.write_text(page, encoding="utf-8")
-    return target
 
 
 def run_space(space: str | Path, *, quiet: bool = False, **options: object) -> pd.DataFrame:

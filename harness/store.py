@@ -30,23 +30,18 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs
 import pyarrow.parquet as pq
 
 from harness.contracts import AdgridError, ResultRow, RowStatus, Trainable
 from harness.quantisation import MapError, QuantisedMaps
+from harness.row_files import fold_parquet, rows_from_parquet, rows_to_parquet, table_to_parquet
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FEW_CELLS = 64
 """For fewer cells than this their rows are looked for one by one, instead of listing all there are."""
-SEGMENT_GROUP = 256
-"""Rows of a segment that are read together; those of one trial lie side by side."""
-_JSON_FIELDS = (
-    "params", "protocol", "resolved_protocol", "metrics", "metric_bounds", "costs", "curves", "provenance", "tuned"
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,6 +214,8 @@ class Store:
         """
         wanted = None if cell_ids is None else set(cell_ids)
         found: dict[str, ResultRow] = {}
+        if wanted is not None and not wanted:
+            return found
         for row in self.all_rows(wanted):
             known = found.get(row.cell_id)
             if known is None or _row_rank(row) >= _row_rank(known):
@@ -259,15 +256,17 @@ class Store:
         names = self.names("rows/new")
         if len(names) < at_least:
             return 0
-        rows = []
+        files = []
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                rows += rows_from_parquet(self.read(f"rows/new/{name}"))
-        data = rows_to_parquet(sorted(rows, key=lambda row: row.trial_id))
+                files.append(self.read(f"rows/new/{name}"))
+        if not files:
+            return 0
+        data = fold_parquet(files)
         self.publish(f"rows/segments/{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
         for name in names:
             self.delete(f"rows/new/{name}")
-        return len(rows)
+        return len(files)
 
     # --- predictions and scores ---
 
@@ -447,56 +446,3 @@ def _stack(column: pa.ChunkedArray, kind: type, shape: Sequence[int]) -> np.ndar
     """(N, *shape) array of binary values."""
     rows: list[np.ndarray] = [np.frombuffer(row.as_buffer(), dtype=kind).reshape(shape) for row in column]
     return np.stack(rows) if rows else np.zeros((0, *shape), kind)
-
-
-def table_to_parquet(table: pa.Table, group: int | None = None) -> bytes:
-    """The bytes of a Parquet file, whose readers may read `group` rows alone."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink, row_group_size=group)
-    return sink.getvalue()
-
-
-def rows_to_parquet(rows: Sequence[ResultRow]) -> bytes:
-    """Rows as the bytes of a Parquet file, complete."""
-    columns: dict[str, list[Any]] = {}
-    for field in dataclasses.fields(ResultRow):
-        values = [getattr(row, field.name) for row in rows]
-        if field.name in _JSON_FIELDS:
-            values = [json.dumps(dict(value), sort_keys=True) for value in values]
-        elif field.name in ("layers", "stamps"):
-            values = [list(value) for value in values]
-        columns[field.name] = values
-    schema = pa.schema([(name, _row_type(name)) for name in columns])
-    return table_to_parquet(pa.table(columns, schema=schema), SEGMENT_GROUP)
-
-
-def _read_groups(file: pq.ParquetFile, wanted: set[str] | None) -> pa.Table:
-    """All rows, or those of some cells, of which no other group of rows is unpacked."""
-    if wanted is None:
-        return file.read(use_threads=False)
-    ids, groups, start = file.read(columns=["cell_id"], use_threads=False)["cell_id"].to_pylist(), [], 0
-    for number in range(file.num_row_groups):
-        stop = start + file.metadata.row_group(number).num_rows
-        if not wanted.isdisjoint(ids[start:stop]):
-            groups.append(number)
-        start = stop
-    table = file.read_row_groups(groups, use_threads=False)
-    return table.filter(pc.is_in(table["cell_id"], pa.array(sorted(wanted), pa.string())))
-
-
-def _row_type(name: str) -> pa.DataType:
-    if name in ("layers", "stamps"):
-        return pa.list_(pa.string())
-    return pa.int64() if name in ("shots", "seed") else pa.string()
-
-
-def rows_from_parquet(data: bytes, wanted: set[str] | None = None) -> list[ResultRow]:
-    """The rows of `rows_to_parquet`, or those of the cells `wanted`."""
-    rows = []
-    file = pq.ParquetFile(pa.BufferReader(data))
-    for record in _read_groups(file, wanted).to_pylist():
-        for name in _JSON_FIELDS:
-            record[name] = json.loads(record.get(name) or "{}")  # rows of earlier versions lack a column
-        record["layers"], record["stamps"] = tuple(record["layers"]), tuple(record["stamps"])
-        rows.append(ResultRow(**record))
-    return rows

@@ -21,6 +21,7 @@ from ray.tune.trainable.function_trainable import FunctionTrainable, wrap_functi
 
 from harness.claims import LOOK_SECONDS, Claims
 from harness.contracts import ResultRow, RowStatus, RunSettings
+from harness.notes import read_row
 from harness.placement import Amounts, max_in_flight
 from harness.progress import Listener
 from harness.store import Store
@@ -165,7 +166,7 @@ def _run_sample(config: dict[str, Any], settings: RunSettings) -> None:
         if "look" in message:
             message["time"], message["score"] = message.pop("look")
         elif "row" in message:
-            row = ResultRow(**message["row"])
+            row = read_row(message)
             rows[row.category] = row
             known = scores()
             if len(known) > told:

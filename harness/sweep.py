@@ -5,9 +5,9 @@ A trial's own code saves its rows; what comes back here are those rows and notes
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
+import pickle
 import tempfile
 import time
 from collections import defaultdict
@@ -20,7 +20,7 @@ from ray import tune
 
 from harness.claims import LOOK_SECONDS, Claims
 from harness.contracts import AdgridError, Job, Pretraining, Resources, ResultRow, RowStatus, RunSettings, Trial
-from harness.notes import Notes, read_losses
+from harness.notes import Notes, read_losses, read_row, row_message
 from harness.placement import Amounts, max_in_flight, worker_bundle
 from harness.progress import Listener
 from harness.rows import unfinished_row
@@ -251,14 +251,18 @@ def _run_alike(
 
     Cells in `told` have had their row earlier in this start.
     """
-    relay = Relay(listeners, lambda config: trials[config["trial"]], store, settings)
+    relay = Relay(listeners, lambda config: trials[config["trial"]["number"]], store, settings)
+    # Tune unpickles the function and what stands beside it for every trial anew, here and in the workers: none of them
+    # may hold all trials, or the start of each grows with their number.
+    pickled = [pickle.dumps(trial) for trial in trials]
+    places = [{"number": number, "bundle": trial_bundle(trial.resources)} for number, trial in enumerate(trials)]
     with tempfile.TemporaryDirectory(prefix="adgrid-tune-") as folder:
         tuner = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(_run_in_worker, trials=list(trials), settings=settings),
-                lambda config: tune.PlacementGroupFactory([trial_bundle(trials[config["trial"]].resources)]),
+                tune.with_parameters(_run_in_worker, trials=pickled, settings=settings),
+                lambda config: tune.PlacementGroupFactory([config["trial"]["bundle"]]),
             ),
-            param_space={"trial": tune.grid_search(list(range(len(trials))))},
+            param_space={"trial": tune.grid_search(places)},
             tune_config=tune.TuneConfig(
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: trial.trial_id,
@@ -278,7 +282,7 @@ def _run_alike(
     for number in range(len(results)):
         result = results[number]
         assert result.config is not None
-        trial = trials[result.config["trial"]]
+        trial = trials[result.config["trial"]["number"]]
         if isinstance(trial, Trial):
             reason = f"the trial's worker was lost: {result.error or 'it ended without a row for this cell'}"
             settle_trial(trial, relay, store, settings, "failed", reason, told)
@@ -317,9 +321,9 @@ def trial_bundle(resources: Resources) -> dict[str, float]:
     return worker_bundle(resources) if resources.workers == 1 else {"CPU": 0, "node:__internal_head__": 0.001}
 
 
-def _run_in_worker(config: dict[str, Any], trials: list[Job], settings: RunSettings) -> None:
-    """What a Tune worker executes: one trial, a report per row and now and then one of progress."""
-    execute_job(trials[config["trial"]], settings, tune.report)
+def _run_in_worker(config: dict[str, Any], trials: list[bytes], settings: RunSettings) -> None:
+    """What a Tune worker executes: one trial of those, a report per row and now and then one of progress."""
+    execute_job(pickle.loads(trials[config["trial"]["number"]]), settings, tune.report)
     tune.report({"ended": True})
 
 
@@ -331,7 +335,7 @@ def execute_job(
     Args:
         job: what to run.
         settings: where things lie.
-        report: told `{"row": ...}`, `{"note": ..., "losses": ...}` (see `Notes`), `{"left": ...}` (see
+        report: told the `row_message` of each cell, `{"note": ..., "losses": ...}` (see `Notes`), `{"left": ...}` (see
             `harness.trial.Leave`), `{"broken": ...}` where the storage fails and, if watched,
             `{"look": [epochs done, objective]}`.
         watch: how closely a study watches; what `report` raises then ends the trial.
@@ -361,7 +365,7 @@ def _run_here(trial: Job, settings: RunSettings, report: Callable[[dict[str, Any
     if watch is not None:
         observer = Observer(watch=watch, tell=lambda done, value: report({"look": [done, value]}))
     for row in run_job(trial, settings, Notes(report), observer=observer, leave=lambda left: report({"left": left})):
-        report({"row": dataclasses.asdict(row)})
+        report(row_message(row))
 
 
 class Relay(tune.Callback):
@@ -418,7 +422,7 @@ class Relay(tune.Callback):
         elif "row" in result:
             ours = self._ours(trial)
             assert isinstance(ours, Trial), "a pretraining has no rows"
-            self.finished(ours, ResultRow(**result["row"]))
+            self.finished(ours, read_row(result))
         elif "note" in result:
             for listener in self._listeners:
                 listener.noted(self._ours(trial), *result["note"])

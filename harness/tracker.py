@@ -40,6 +40,7 @@ class Tracker(Listener):
         self._experiment, self._plan = options.experiment, plan
         self._categories: dict[str, Sequence[str]] = {trial.trial_id: trial.categories for trial in plan.trials}
         self._rows: dict[tuple[str, str], ResultRow] = {}
+        """Of trials that have not ended, or are not mirrored since."""
         self._mirror: Mirror | None = None
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._changed = threading.Condition()
@@ -60,12 +61,13 @@ class Tracker(Listener):
         if self.uri is None:
             return
         self._try(lambda: self._open(str(self.uri)))
-        self._sync([])
         self._rows_due = time.monotonic() + ROWS_SECONDS
         self._thread.start()
 
     def _open(self, uri: str) -> None:
-        self._mirror = Mirror(uri, self._experiment)
+        mirror, plan = Mirror(uri, self._experiment), self._plan
+        mirror.start(plan.space.name, plan.run_id, _parent_params(plan.space.name, plan.num_reported))
+        self._mirror = mirror
 
     def __enter__(self) -> Tracker:
         return self
@@ -134,12 +136,8 @@ class Tracker(Listener):
                     return
                 must_watch, self._must_watch = self._must_watch, False
                 trials = [self._due.pop(key) for key in list(self._due)[:TRIALS_AT_ONCE]]
-                rows = [
-                    self._rows[trial.trial_id, cell.cell_id]
-                    for trial in trials
-                    for cell in trial.cells
-                    if (trial.trial_id, cell.cell_id) in self._rows
-                ]
+                keys = [(trial.trial_id, cell.cell_id) for trial in trials for cell in trial.cells]
+                rows = [self._rows.pop(key) for key in keys if key in self._rows]
                 losses, fresh = {}, {}
                 if self._losses and time.monotonic() >= self._losses_due:
                     losses, self._losses = self._losses, {}
@@ -165,12 +163,20 @@ class Tracker(Listener):
             self._try(lambda: mirror.log_losses(self._plan.space.name, self._plan.run_id, losses))
         self._losses_due = _next_time(start, LOSSES_SECONDS)
 
-    def finish(self, record: RunRecord, files: Sequence[Path]) -> None:
+    def holds(self, digest: str) -> bool:
+        """Waits for the thread; whether a finished run of this digest is mirrored whole, or cannot be mirrored."""
+        self._close()
+        mirror, found = self._mirror, list[bool]()
+        if mirror is not None:
+            self._try(lambda: found.append(mirror.holds(self._plan.space.name, self._plan.run_id, digest)))
+        return found != [False]
+
+    def finish(self, record: RunRecord, files: Sequence[Path], digest: str) -> None:
         """Waits for the thread, then mirrors the whole run."""
         self._close()
         mirror = self._mirror
         if mirror is not None:
-            self._try(lambda: mirror_record(mirror, record, files))
+            self._try(lambda: mirror_record(mirror, record, files, digest))
 
     def _sync(self, rows: Sequence[ResultRow]) -> None:
         mirror, space, run_id = self._mirror, self._plan.space, self._plan.run_id
@@ -198,13 +204,14 @@ def _next_time(start: float, pause: float) -> float:
     return now + max(pause, 20 * (now - start))
 
 
-def mirror_record(mirror: Mirror, record: RunRecord, files: Sequence[Path]) -> None:
+def mirror_record(mirror: Mirror, record: RunRecord, files: Sequence[Path], digest: str) -> None:
     """Mirrors a run as its folder and the rows in the store tell it; writes nothing that is there already.
 
     Args:
         mirror: where to.
         record: the run.
         files: of its report.
+        digest: of the run, by which it is known to be mirrored.
 
     Raises:
         TrackingUnavailable: MLflow cannot be reached or refuses.
@@ -227,6 +234,7 @@ def mirror_record(mirror: Mirror, record: RunRecord, files: Sequence[Path]) -> N
         finished=True,
         planned=record.categories,
         metrics=best,
+        digest=digest,
     )
 
 

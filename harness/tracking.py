@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
@@ -70,6 +70,8 @@ STUDY_TAG = "adgrid.study"
 """On a child that is a sample of a study: the id of that study. Its cells are not among those the parent is about."""
 CELLS_TAG = "adgrid.cells"
 """JSON on a child: category -> status of the row mirrored last."""
+DIGEST_TAG = "adgrid.digest"
+"""On the parent of a run that was mirrored whole: what it was made of."""
 FILES_TAG = "adgrid.files"
 """Hash on the parent of the report files uploaded last."""
 INPUT_CONTEXT = "training and test images"
@@ -85,6 +87,9 @@ class TrackingUnavailable(RuntimeError):
     """MLflow could not be reached or refused; nothing is lost, a later `sync` of the same rows catches up."""
 
 
+_T = TypeVar("_T")
+
+
 @dataclass
 class _Mirrored:
     """What MLflow holds of one run."""
@@ -96,18 +101,37 @@ class _Mirrored:
     tags: dict[str, str] = field(default_factory=dict)
     inputs: set[tuple[str, str]] = field(default_factory=set)
     """Name and digest."""
+    cells: dict[str, str] = field(default_factory=dict)
+    """Category -> status."""
 
     @classmethod
     def of(cls, run: Run) -> _Mirrored:
         data = run.data
         found = run.inputs.dataset_inputs if run.inputs else []
         inputs = {(each.dataset.name, each.dataset.digest) for each in found}
-        return cls(run.info.run_id, run.info.status, dict(data.params), dict(data.metrics), dict(data.tags), inputs)
+        return cls(
+            id=run.info.run_id,
+            status=run.info.status,
+            params=_share_names(data.params),
+            metrics=_share_names(data.metrics),
+            tags=_share_names(data.tags),
+            inputs=inputs,
+            cells=json.loads(data.tags.get(CELLS_TAG, "{}")),
+        )
 
-    @property
-    def cells(self) -> dict[str, str]:
-        """Category -> status."""
-        return json.loads(self.tags.get(CELLS_TAG, "{}"))
+
+def _share_names(values: Mapping[str, _T]) -> dict[str, _T]:
+    """The same, whose names are kept once for all trials that have them."""
+    return {sys.intern(name): value for name, value in values.items()}
+
+
+@dataclass
+class _Family:
+    """A run and its trials in MLflow."""
+
+    parent: _Mirrored
+    children: dict[str, _Mirrored] | None
+    """By trial id; None while nobody needed them."""
 
 
 class Mirror:
@@ -126,8 +150,35 @@ class Mirror:
         self.tracking_uri = absolute_uri(tracking_uri)
         self.experiment = experiment
         self._opened: tuple[MlflowClient, str] | None = None
-        self._known: dict[str, tuple[_Mirrored, dict[str, _Mirrored]]] = {}
+        self._known: dict[str, _Family] = {}
         self._monitor: SystemMetricsMonitor | None = None
+
+    def start(self, space_name: str, run_id: str, params: Mapping[str, object]) -> None:
+        """Opens or makes the parent run of a run, and asks for nothing else.
+
+        Args:
+            space_name: name of the parent run.
+            run_id: finds the parent run again.
+            params: of the parent, written once and never changed.
+
+        Raises:
+            TrackingUnavailable: MLflow cannot be reached or refuses.
+        """
+        with self._reported():
+            client, _ = self._open()
+            parent = self._find(space_name, run_id)
+            if _write(client, parent, params=params):
+                _reopen(client, parent)
+
+    def holds(self, space_name: str, run_id: str, digest: str) -> bool:
+        """Whether the last `sync` of a run was that of a finished one with this digest, and nothing came since.
+
+        Raises:
+            TrackingUnavailable: MLflow cannot be reached or refuses.
+        """
+        with self._reported():
+            parent = self._find(space_name, run_id)
+            return parent.tags.get(DIGEST_TAG) == digest and parent.status != "RUNNING"
 
     def sync(
         self,
@@ -139,6 +190,7 @@ class Mirror:
         finished: bool = False,
         planned: Mapping[str, Sequence[str]] | None = None,
         metrics: Mapping[str, float] | None = None,
+        digest: str = "",
     ) -> None:
         """Brings MLflow up to date. Writes nothing that is there already.
 
@@ -155,6 +207,7 @@ class Mirror:
             finished: the run has ended; `rows` are all its rows, and their means go to the parent.
             planned: categories of the trials of the run, by trial id.
             metrics: of the parent, besides the means.
+            digest: of all that is mirrored of a finished run, for `holds`.
 
         Raises:
             TrackingUnavailable: MLflow cannot be reached or refuses.
@@ -163,7 +216,8 @@ class Mirror:
         expected = planned or {}
         with self._reported():
             client, _ = self._open()
-            parent, children = self._find(space_name, run_id)
+            parent = self._find(space_name, run_id)
+            children = self._children(run_id)
             by_trial: dict[str, list[ResultRow]] = {}
             for row in listed:
                 by_trial.setdefault(row.trial_id, []).append(row)
@@ -180,6 +234,8 @@ class Mirror:
             _sync_parent(client, parent, about, listed, params or {}, finished, metrics or {})
             if files:
                 _upload(client, parent, files)
+            if digest:
+                _write(client, parent, tags={DIGEST_TAG: digest})
 
     def log_losses(self, space_name: str, run_id: str, losses: Mapping[str, tuple[Trial, Sequence[Loss]]]) -> None:
         """Adds points to the curves of trials that are still being trained.
@@ -219,7 +275,7 @@ class Mirror:
         """
         with self._reported():
             client, _ = self._open()
-            parent, _ = self._find(space_name, run_id)
+            parent = self._find(space_name, run_id)
             _reopen(client, parent)
             self._monitor = SystemMetricsMonitor(parent.id, resume_logging=True, tracking_uri=self.tracking_uri)
             self._monitor.start()
@@ -230,18 +286,25 @@ class Mirror:
             self._monitor.finish()
             self._monitor = None
 
-    def _find(self, space_name: str, run_id: str) -> tuple[_Mirrored, dict[str, _Mirrored]]:
-        """The parent run of a run, made if need be, and its children by trial id."""
+    def _find(self, space_name: str, run_id: str) -> _Mirrored:
+        """The parent run of a run, made if need be."""
         if run_id not in self._known:
-            self._known[run_id] = _find_runs(*self._open(), space_name, run_id)
-        return self._known[run_id]
+            self._known[run_id] = _find_family(*self._open(), space_name, run_id)
+        return self._known[run_id].parent
+
+    def _children(self, run_id: str) -> dict[str, _Mirrored]:
+        """The child runs of a run that was found, by trial id."""
+        family = self._known[run_id]
+        if family.children is None:
+            family.children = _find_children(*self._open(), family.parent)
+        return family.children
 
     def _child(self, run_id: str, trial_id: str, name: str) -> _Mirrored:
         """The child run of a trial, made under a name if need be."""
         client, experiment_id = self._open()
-        parent, children = self._known[run_id]
+        children = self._children(run_id)
         if trial_id not in children:
-            tags = {PARENT_TAG: parent.id, TRIAL_TAG: trial_id, "run": run_id}
+            tags = {PARENT_TAG: self._known[run_id].parent.id, TRIAL_TAG: trial_id, "run": run_id}
             tags |= {"mlflow.source.name": "adgrid", **_user_tag()}
             children[trial_id] = _Mirrored.of(client.create_run(experiment_id, run_name=name, tags=tags))
         return children[trial_id]
@@ -347,17 +410,19 @@ def _find_experiment(client: MlflowClient, name: str, location: str | None) -> s
     return found.experiment_id
 
 
-def _find_runs(
-    client: MlflowClient, experiment_id: str, space_name: str, run_id: str
-) -> tuple[_Mirrored, dict[str, _Mirrored]]:
-    """The parent run, made if need be, and its children by trial id."""
+def _find_family(client: MlflowClient, experiment_id: str, space_name: str, run_id: str) -> _Family:
+    """The parent run, made if need be; one that is new has no children."""
     found = client.search_runs(
         [experiment_id], f"tags.`{RUN_TAG}` = {run_id!r}", order_by=["attributes.start_time ASC"], max_results=1
     )
     if not found:
         tags = {RUN_TAG: run_id, "kind": "run", "mlflow.source.name": "adgrid", **_user_tag()}
-        return _Mirrored.of(client.create_run(experiment_id, run_name=space_name, tags=tags)), {}
-    parent = _Mirrored.of(found[0])
+        return _Family(_Mirrored.of(client.create_run(experiment_id, run_name=space_name, tags=tags)), {})
+    return _Family(_Mirrored.of(found[0]), None)
+
+
+def _find_children(client: MlflowClient, experiment_id: str, parent: _Mirrored) -> dict[str, _Mirrored]:
+    """By trial id."""
     children: dict[str, _Mirrored] = {}
     token: str | None = None
     while token != "":
@@ -367,7 +432,7 @@ def _find_runs(
         for run in page:
             children[run.data.tags.get(TRIAL_TAG, run.info.run_id)] = _Mirrored.of(run)
         token = page.token or ""
-    return parent, children
+    return children
 
 
 # --- writing what is not -----------------------------------------------------------------------------------------
@@ -456,8 +521,8 @@ def _sync_child(
     if not fresh:
         return
     row = fresh[-1]
-    before = dict(cells)
-    cells |= {row.category: row.status for row in fresh}
+    before = cells
+    cells = before | {row.category: row.status for row in fresh}
     is_complete = categories is not None and set(categories) <= set(cells)
     earlier = [stamp for stamp in child.tags.get("stamps", "").split("; ") if stamp]
     stamps = dict.fromkeys([*earlier, *(stamp for row in fresh for stamp in row.stamps)])
@@ -477,12 +542,13 @@ def _sync_child(
     status = "RUNNING"
     if is_complete:  # all in one call: most of what a server takes for a trial is the number of calls
         written = {metric_key(name): float(value) for name, value in numbers.items()}
-        after = replace(child, metrics={**child.metrics, **written}, tags={**child.tags, **tags})
+        after = replace(child, metrics={**child.metrics, **written}, cells=cells)
         means, tags["status"], status = _conclude(after, is_complete=True)
         numbers |= means
     has_changed = _write(
         client, child, params=child_params(row), metrics=numbers, curves=child_curves(fresh), points=points, tags=tags
     )
+    child.cells = cells
     if is_complete and set(cells.values()) == {"ok"} and {row.category for row in rows} == set(cells):
         _log_input(client, child, describe_input(rows))
     if has_changed and not is_complete:

@@ -6,7 +6,6 @@ their own hands, so a group that is started again reads there what is left to do
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
@@ -29,7 +28,7 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harness.contracts import Job, Resources, RunSettings
-from harness.notes import Notes
+from harness.notes import Notes, row_message
 from harness.placement import worker_bundle
 from harness.store import Store, StoreError
 from harness.trial import most_failures, run_job
@@ -66,7 +65,7 @@ def run_with_workers(
             asked for, and ends when this generator is closed instead.
 
     Yields:
-        `{"row": fields of a ResultRow}` for each finished cell, `{"note": ..., "losses": ...}` (see `Notes`) and
+        For each finished cell its `row_message`, `{"note": ..., "losses": ...}` (see `Notes`) and
         `{"look": [epochs done, objective]}`.
 
     Raises:
@@ -204,7 +203,7 @@ def _work(config: dict[str, Any]) -> None:
     observer = None if watch is None else Observer(watch=watch, tell=look, goes_on=goes_on)
     try:
         for row in run_job(trial, settings, Notes(tell), workers, observer, lambda left: tell({"left": left})):
-            tell({"row": dataclasses.asdict(row)})
+            tell(row_message(row))
             owed += 1
     except Stopped:
         pass

@@ -11,8 +11,8 @@ from toy_rows import toy_row
 from harness.cli import main
 from harness.contracts import AdgridError
 from harness.mirrored import read_mirrored_experiment, read_mirrored_run
-from harness.run import remake_report
 from harness.run_folder import read_run
+from harness.run_report import remake_report
 from harness.sources import keep_rows, name_apart, open_any, open_run, parse_conditions
 from harness.store import Store
 from harness.tracking import PARENT_TAG, Mirror

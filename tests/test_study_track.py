@@ -51,7 +51,7 @@ class Tuner:
         return trial
 
     def report(self, trial, time, score):
-        return self.scheduler.on_trial_result(None, trial, {"time": time, "score": score, "row": {}})
+        return self.scheduler.on_trial_result(None, trial, {"time": time, "score": score, "row": ""})
 
     def end(self, trial, error=False):
         if not error:
