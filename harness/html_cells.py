@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def count_scores(scores: ImageScores) -> dict[str, Any]:
 def describe_cells(
     rows: Sequence[ResultRow],
     scores: Mapping[str, ImageScores],
-    details: Mapping[str, Mapping[str, Any]],
+    details: Callable[[str], Mapping[str, Any]],
     picture_bytes: int,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Every finished cell for the page, and the photos that its pictures name.
@@ -69,7 +69,8 @@ def describe_cells(
     Args:
         rows: those of the report.
         scores: by cell id; cells without have no ROC curve.
-        details: by cell id, as `harness.details.load_details` gives them.
+        details: those of a cell by its id, as `harness.details.load_details` gives them; asked for one at a time, and
+            once more for cells that get pictures, since those of all cells need not fit into memory.
         picture_bytes: room for photos and heat maps. Each cell gets its worst mistake before any gets a second.
 
     Returns:
@@ -78,8 +79,10 @@ def describe_cells(
     finished = [row for row in rows if row.status == "ok"]
     points = 160 if len(finished) <= _FEW_CELLS else 60
     records: list[dict[str, Any]] = []
+    sizes: list[list[list[_Size]]] = []
     for row in finished:
-        found, known = scores.get(row.cell_id), details.get(row.cell_id, {})
+        found, known = scores.get(row.cell_id), details(row.cell_id)
+        sizes.append([[_measure(picture) for picture in kind] for kind in _by_kind(known)])
         records.append(
             {
                 "id": row.cell_id,
@@ -97,7 +100,13 @@ def describe_cells(
                 "pictures": [],
             }
         )
-    photos = _hand_out(records, [details.get(row.cell_id, {}).get("pictures", []) for row in finished], picture_bytes)
+    photos: dict[str, str] = {}
+    for record, chosen in zip(records, _choose_pictures(sizes, picture_bytes), strict=True):
+        kinds = _by_kind(details(record["id"])) if chosen else []
+        for kind, rank in chosen:
+            picture = kinds[kind][rank]
+            photos[picture["id"]] = picture["photo"]
+            record["pictures"].append({name: value for name, value in picture.items() if name != "photo"})
     return records, photos
 
 
@@ -109,25 +118,47 @@ def _thin(curves: Mapping[str, Sequence[float]], num_points: int) -> dict[str, l
     return {name: [round(values[place], 4) for place in chosen] for name, values in curves.items()}
 
 
-def _hand_out(
-    records: Sequence[dict[str, Any]], pictures: Sequence[Sequence[Mapping[str, Any]]], room: int
-) -> dict[str, str]:
-    """Gives cells their pictures, the worst of each first, and returns the photos; equal ones are kept once."""
-    photos: dict[str, str] = {}
-    ranked = [[[picture for picture in one if picture["label"] == label] for label in (1, 0)] for one in pictures]
-    for rank, (record, kinds) in itertools.product(range(NUM_PICTURES), zip(records, ranked, strict=True)):
-        for kind in kinds:
-            if rank >= len(kind):
+class _Size(NamedTuple):
+    """What a picture takes in the page."""
+
+    photo_id: str
+    photo: int
+    """Bytes, unless another picture has the same photo."""
+    own: int
+
+
+def _measure(picture: Mapping[str, Any]) -> _Size:
+    return _Size(picture["id"], len(picture["photo"]), len(picture["heat"]) + len(picture.get("mask", "")))
+
+
+def _by_kind(details: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:
+    """The pictures of anomalous images and of normal ones, the worst first."""
+    return [[picture for picture in details.get("pictures", ()) if picture["label"] == label] for label in (1, 0)]
+
+
+def _choose_pictures(sizes: Sequence[Sequence[Sequence[_Size]]], room: int) -> list[list[tuple[int, int]]]:
+    """Which pictures of which cell fit: each cell's worst mistakes before any gets a second.
+
+    Args:
+        sizes: of every cell's pictures by kind and rank.
+        room: bytes for all of them; equal photos are kept once.
+
+    Returns:
+        (kind, rank) of those that each cell gets.
+    """
+    chosen: list[list[tuple[int, int]]] = [[] for _ in sizes]
+    photos: set[str] = set()
+    for rank, (place, kinds) in itertools.product(range(NUM_PICTURES), enumerate(sizes)):
+        for kind, pictures in enumerate(kinds):
+            if rank >= len(pictures):
                 continue
-            picture = kind[rank]
-            size = len(picture["heat"]) + len(picture.get("mask", ""))
-            size += 0 if picture["id"] in photos else len(picture["photo"])
-            if size > room:
-                continue
-            room -= size
-            photos[picture["id"]] = picture["photo"]
-            record["pictures"].append({name: value for name, value in picture.items() if name != "photo"})
-    return photos
+            size = pictures[rank]
+            needed = size.own + (0 if size.photo_id in photos else size.photo)
+            if needed <= room:
+                room -= needed
+                photos.add(size.photo_id)
+                chosen[place].append((kind, rank))
+    return chosen
 
 
 class Intervals:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import datetime as dt
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -45,7 +45,7 @@ Study = tuple[Mapping[str, Any], Sequence[SampleResult], Path]
 def render_page(
     rows: Sequence[ResultRow],
     scores: Mapping[str, ImageScores],
-    details: Mapping[str, Mapping[str, Any]],
+    details: Callable[[str], Mapping[str, Any]],
     *,
     title: str,
     command: str,
@@ -58,7 +58,7 @@ def render_page(
     Args:
         rows: at most one per cell, in the order in which methods and datasets shall appear.
         scores: image scores by cell id; cells without have no ROC curve and no interval.
-        details: curves and pictures by cell id, as `harness.details.load_details` gives them.
+        details: curves and pictures of a cell by its id, as `harness.details.load_details` gives them.
         title: headline, such as the name of the search space.
         command: what remakes the run.
         expected_cells: number of cells planned; the page says so when rows are missing.

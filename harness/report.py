@@ -68,12 +68,20 @@ def rows_frame(rows: Iterable[ResultRow]) -> pd.DataFrame:
     columns["stamps"] = ["; ".join(row.stamps) for row in listed]
     columns["reason"] = [row.reason for row in listed]
     columns["protocol_id"] = [row.protocol_id for row in listed]
+    written: dict[int, str] = {}
     for name in ("protocol", "resolved_protocol", "params"):
-        columns[name] = [json.dumps(dict(getattr(row, name)), sort_keys=True) for row in listed]
+        columns[name] = [_write_once(getattr(row, name), written) for row in listed]
     for name in _keys(row.provenance for row in listed):
         columns[f"provenance.{name}"] = [row.provenance.get(name) for row in listed]
     columns["traceback"] = [row.traceback for row in listed]
     return pd.DataFrame(columns)
+
+
+def _write_once(value: Mapping[str, Any], written: dict[int, str]) -> str:
+    """A mapping as JSON; rows that were read from a store share those that are equal."""
+    if id(value) not in written:
+        written[id(value)] = json.dumps(dict(value), sort_keys=True)
+    return written[id(value)]
 
 
 def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -87,7 +95,7 @@ def _numbers(values: Iterable[float | None]) -> Any:
 def _varying(rows: Sequence[ResultRow]) -> list[str]:
     """Parameters with several values within one method; that two methods differ says nothing."""
     seen: dict[tuple[str, str], set[str]] = {}
-    for row in rows:
+    for row in {(row.method, id(row.params)): row for row in rows}.values():
         for name, value in row.params.items():
             seen.setdefault((row.method, name), set()).add(json.dumps(value, sort_keys=True))
     return list(dict.fromkeys(name for (_, name), values in seen.items() if len(values) > 1))

@@ -7,7 +7,7 @@ import functools
 import io
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -38,24 +38,37 @@ def row_from_text(text: str) -> ResultRow:
 
 def rows_to_parquet(rows: Sequence[ResultRow]) -> bytes:
     """Rows as the bytes of a Parquet file, complete."""
-    records = [_record(row) for row in rows]
-    names = [field.name for field in dataclasses.fields(ResultRow)]
-    schema = pa.schema([(name, _row_type(name)) for name in names])
-    return table_to_parquet(pa.Table.from_pylist(records, schema=schema), SEGMENT_GROUP)
+    schema = _schema()
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, schema) as writer:
+        for start in range(0, max(len(rows), 1), SEGMENT_GROUP):
+            records = [_record(row) for row in rows[start : start + SEGMENT_GROUP]]
+            writer.write_table(pa.Table.from_pylist(records, schema=schema))
+    return sink.getvalue()
 
 
 def rows_from_parquet(data: bytes, wanted: set[str] | None = None) -> list[ResultRow]:
     """The rows of `rows_to_parquet`, or those of the cells `wanted`."""
-    return [_row(record) for record in _read_groups(pq.ParquetFile(pa.BufferReader(data)), wanted).to_pylist()]
+    file = pq.ParquetFile(pa.BufferReader(data))
+    return [_row(record) for table in _read_groups(file, wanted) for record in table.to_pylist()]
 
 
 def fold_parquet(files: Iterable[bytes]) -> bytes:
     """Many files of `rows_to_parquet` as one, whose rows of a trial lie side by side."""
-    tables = [pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False) for data in files]
-    # Rows of earlier versions lack a column.
-    table = pa.concat_tables(tables, promote_options="default")
+    tables, few = [], []
+    for data in files:
+        few.append(pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False))
+        if len(few) == SEGMENT_GROUP:  # a table of one row takes as much room as one of a hundred
+            tables.append(_join(few))
+            few = []
+    table = _join([*tables, *few]) if tables or few else _schema().empty_table()
     order = pc.sort_indices(table, [("trial_id", "ascending"), ("cell_id", "ascending")])
     return table_to_parquet(table.take(order), SEGMENT_GROUP)
+
+
+def _join(tables: Sequence[pa.Table]) -> pa.Table:
+    # Rows of earlier versions lack a column.
+    return pa.concat_tables(tables, promote_options="default").combine_chunks()
 
 
 def table_to_parquet(table: pa.Table, group: int | None = None) -> bytes:
@@ -93,18 +106,24 @@ def _parse_alike(text: str) -> Mapping[str, Any]:
     return found
 
 
-def _read_groups(file: pq.ParquetFile, wanted: set[str] | None) -> pa.Table:
-    """All rows, or those of some cells, of which no other group of rows is unpacked."""
+def _read_groups(file: pq.ParquetFile, wanted: set[str] | None) -> Iterator[pa.Table]:
+    """All rows group by group, or those of some cells, of which no other group of rows is unpacked."""
     if wanted is None:
-        return file.read(use_threads=False)
-    ids, groups, start = file.read(columns=["cell_id"], use_threads=False)["cell_id"].to_pylist(), [], 0
+        for number in range(file.num_row_groups):
+            yield file.read_row_group(number, use_threads=False)
+        return
+    ids, start = file.read(columns=["cell_id"], use_threads=False)["cell_id"].to_pylist(), 0
+    chosen = pa.array(sorted(wanted), pa.string())
     for number in range(file.num_row_groups):
         stop = start + file.metadata.row_group(number).num_rows
         if not wanted.isdisjoint(ids[start:stop]):
-            groups.append(number)
+            table = file.read_row_group(number, use_threads=False)
+            yield table.filter(pc.is_in(table["cell_id"], chosen))
         start = stop
-    table = file.read_row_groups(groups, use_threads=False)
-    return table.filter(pc.is_in(table["cell_id"], pa.array(sorted(wanted), pa.string())))
+
+
+def _schema() -> pa.Schema:
+    return pa.schema([(field.name, _row_type(field.name)) for field in dataclasses.fields(ResultRow)])
 
 
 def _row_type(name: str) -> pa.DataType:

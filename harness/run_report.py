@@ -80,11 +80,10 @@ def _made_key(run_id: str) -> str:
 def write_page(store: Store, record: RunRecord, folder: Path) -> Path:
     """Writes `report.html` beside the other files of a report, and returns it."""
     rows, samples = record.rows, {row.cell_id: row for row in record.sample_rows}
-    finished = [row.cell_id for row in rows if row.status == "ok"]
     page = render_page(
         rows,
         scores_from_parquet((folder / SCORES_FILE).read_bytes()),
-        {cell_id: load_details(store, cell_id) for cell_id in finished},
+        lambda cell_id: load_details(store, cell_id),
         title=record.name,
         command=record.command,
         expected_cells=record.num_expected,

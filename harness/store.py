@@ -256,17 +256,23 @@ class Store:
         names = self.names("rows/new")
         if len(names) < at_least:
             return 0
-        files = []
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                files.append(self.read(f"rows/new/{name}"))
-        if not files:
+        found = 0
+
+        def read_files() -> Iterator[bytes]:
+            nonlocal found
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    data = self.read(f"rows/new/{name}")
+                    found += 1
+                    yield data
+
+        data = fold_parquet(read_files())
+        if not found:
             return 0
-        data = fold_parquet(files)
         self.publish(f"rows/segments/{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
         for name in names:
             self.delete(f"rows/new/{name}")
-        return len(files)
+        return found
 
     # --- predictions and scores ---
 

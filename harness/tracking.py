@@ -80,6 +80,7 @@ COMMIT_TAG, TABLES_TAG = "mlflow.source.git.commit", "mlflow.loggedArtifacts"
 
 _MAX_PARAM, _MAX_TAG = 6000, 8000
 _METRICS_PER_BATCH, _OTHERS_PER_BATCH = 800, 90
+_RUNS_PER_PAGE = 200  # MLflow takes a third of a MiB for each while it reads them
 _SQLITE = re.compile(r"(sqlite(?:\+\w+)?):///(.+)")
 
 
@@ -427,7 +428,7 @@ def _find_children(client: MlflowClient, experiment_id: str, parent: _Mirrored) 
     token: str | None = None
     while token != "":
         page = client.search_runs(
-            [experiment_id], f"tags.`{PARENT_TAG}` = '{parent.id}'", max_results=1000, page_token=token
+            [experiment_id], f"tags.`{PARENT_TAG}` = '{parent.id}'", max_results=_RUNS_PER_PAGE, page_token=token
         )
         for run in page:
             children[run.data.tags.get(TRIAL_TAG, run.info.run_id)] = _Mirrored.of(run)

@@ -65,7 +65,9 @@ def make_page(folder):
     rows.append(toy_row(None, dataset="cells", category="mono", method="draem", backbone=None))
     study = toy_study(folder / "parallel_coordinates.png")
     Image.new("RGB", (64, 32), (9, 99, 40)).save(study[2])
-    page = render_page(rows, scored.scores, details, title="toys", command="adgrid run toys.yaml", studies=[study])
+    page = render_page(
+        rows, scored.scores, details.__getitem__, title="toys", command="adgrid run toys.yaml", studies=[study]
+    )
     return rows, page
 
 

@@ -22,6 +22,11 @@ from harness.metrics import image_metrics
 from harness.tables import cell_colour, scale_stops
 
 
+def no_details(cell_id):
+    """Of a cell of which neither curves nor pictures were kept."""
+    return {"curves": {}, "pictures": []}
+
+
 def scores_of(score, label):
     return ImageScores(tuple(f"{place}.png" for place in range(len(score))), np.array(label), np.array(score, float))
 
@@ -105,21 +110,35 @@ def test_without_scores_or_variance_there_is_no_interval(scored):
 # --- the budget of pictures ---
 
 
+def test_the_pictures_of_all_cells_are_never_held_at_once(scored):
+    rows = [scored(1.0, category=str(number)) for number in range(20)]
+    asked = []
+
+    def details(cell_id):
+        asked.append(cell_id)
+        return {"pictures": [picture(cell_id)]}
+
+    cells, photos = describe_cells(rows, {}, details, picture_bytes=3 * 300)
+    assert len(photos) == 3
+    # Once each for what they take, and again those that fit.
+    assert asked == [row.cell_id for row in rows] + [cell["id"] for cell in cells if cell["pictures"]]
+
+
 def test_every_cell_gets_its_worst_mistake_before_any_gets_a_second(scored):
     rows = [scored(1.0, category=name) for name in "ab"]
     pictures = {row.cell_id: {"pictures": [picture(f"{row.category}{n}") for n in range(3)]} for row in rows}
-    cells, photos = describe_cells(rows, {}, pictures, picture_bytes=4 * 300)
+    cells, photos = describe_cells(rows, {}, pictures.__getitem__, picture_bytes=4 * 300)
     assert [[one["name"] for one in cell["pictures"]] for cell in cells] == [["a0.png", "a1.png"], ["b0.png", "b1.png"]]
     assert len(photos) == 4
-    cells, photos = describe_cells(rows, {}, pictures, picture_bytes=3 * 300)
+    cells, photos = describe_cells(rows, {}, pictures.__getitem__, picture_bytes=3 * 300)
     assert [len(cell["pictures"]) for cell in cells] == [2, 1]
-    assert describe_cells(rows, {}, pictures, 0)[1] == {}
+    assert describe_cells(rows, {}, pictures.__getitem__, 0)[1] == {}
 
 
 def test_a_photo_that_several_cells_show_is_kept_once(scored):
     rows = [scored(1.0, method=name) for name in ("padim", "patchcore")]
     pictures = {row.cell_id: {"pictures": [picture("same")]} for row in rows}
-    cells, photos = describe_cells(rows, {}, pictures, picture_bytes=300 + 200)
+    cells, photos = describe_cells(rows, {}, pictures.__getitem__, picture_bytes=300 + 200)
     assert [len(cell["pictures"]) for cell in cells] == [1, 1]
     assert list(photos) == ["photo-same"]
     assert "photo" not in cells[0]["pictures"][0]
@@ -130,7 +149,7 @@ def test_a_photo_that_several_cells_show_is_kept_once(scored):
 
 def test_a_page_names_nothing_outside_itself(scored):
     rows = [scored(1.0, category=name) for name in "ab"]
-    page = render_page(rows, scored.scores, {}, title="toys", command="adgrid run toys.yaml")
+    page = render_page(rows, scored.scores, no_details, title="toys", command="adgrid run toys.yaml")
     assert "default-src 'none'" in page
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)[^"'$]""", page)
     assert not re.findall(r"@import|url\(", page)
@@ -140,7 +159,7 @@ def test_the_data_are_those_of_the_rows(scored):
     rows = [scored(shift, category=name, method=method) for method, shift in (("padim", 1.0), ("patchcore", 2.0))
             for name in "ab"]  # fmt: skip
     rows.append(toy_row(None, category="b", method="draem", backbone=None))
-    data = page_data(render_page(rows, scored.scores, {}, title="t", command="c"))
+    data = page_data(render_page(rows, scored.scores, no_details, title="t", command="c"))
     assert [one["name"] for one in data["metrics"]] == ["image_auroc", "image_ap", "image_f1_max"]
     matrix = next(one for one in data["matrices"] if one["metric"] == "image_auroc" and one["dataset"] is None)
     first, second, hole = (line["cells"][0] for line in matrix["rows"])
@@ -160,7 +179,7 @@ def test_the_data_are_those_of_the_rows(scored):
 
 def test_failures_stand_with_reason_and_traceback_as_text(scored):
     failed = dataclasses.replace(toy_row(None), reason="ValueError: <b> & co", traceback="Traceback\n  </script><x>")
-    page = render_page([scored(1.0), failed], scored.scores, {}, title="<t>", command="run --set a='<b>'",
+    page = render_page([scored(1.0), failed], scored.scores, no_details, title="<t>", command="run --set a='<b>'",
                        expected_cells=5)  # fmt: skip
     assert "ValueError: &lt;b&gt; &amp; co" in page
     assert "&lt;/script&gt;&lt;x&gt;" in page
@@ -170,14 +189,14 @@ def test_failures_stand_with_reason_and_traceback_as_text(scored):
 
 
 def test_no_rows_make_a_page_too():
-    page = render_page([], {}, {}, title="empty", command="adgrid run empty.yaml")
+    page = render_page([], {}, no_details, title="empty", command="adgrid run empty.yaml")
     assert page_data(page)["matrices"] == []
     assert "0 cells" in page
 
 
 def test_a_study_shows_its_trials_the_best_first_and_what_it_was_tuned_on(scored, tmp_path):
     study = toy_study(tmp_path / "parallel.png")
-    page = render_page([scored(1.0)], scored.scores, {}, title="t", command="c", studies=[study])
+    page = render_page([scored(1.0)], scored.scores, no_details, title="t", command="c", studies=[study])
     section = re.search(r'<section id="studies".*?</section>', page, re.DOTALL)[0]
     assert "3 configurations by random search over ratio loguniform [0.01, 0.5]" in section
     assert "Tuned on parts/nut by Image AUROC, reported on parts/bolt" in section
@@ -185,15 +204,15 @@ def test_a_study_shows_its_trials_the_best_first_and_what_it_was_tuned_on(scored
     assert trials == [("1", "0.25", "<b>90.0</b>"), ("0", "0.1", "80.0"), ("2", "0.05", "stopped")]
     assert "<img" not in section  # no picture, no hole
     Image.new("RGB", (4, 3)).save(study[2])
-    page = render_page([scored(1.0)], scored.scores, {}, title="t", command="c", studies=[study])
+    page = render_page([scored(1.0)], scored.scores, no_details, title="t", command="c", studies=[study])
     data = re.search(r'alt="Parallel coordinates of the trials" src="data:image/png;base64,(.*?)"', page)[1]
     assert base64.b64decode(data) == study[2].read_bytes()
-    assert 'id="studies"' not in render_page([scored(1.0)], scored.scores, {}, title="t", command="c")
+    assert 'id="studies"' not in render_page([scored(1.0)], scored.scores, no_details, title="t", command="c")
 
 
 def test_the_data_cannot_close_their_script(scored):
     row = dataclasses.replace(scored(1.0), params={"text": "</script><script>alert(1)</script>"})
-    page = render_page([row], scored.scores, {}, title="t", command="c")
+    page = render_page([row], scored.scores, no_details, title="t", command="c")
     assert page_data(page)["cells"][0]["params"] == {"text": "</script><script>alert(1)</script>"}
 
 
