@@ -92,7 +92,7 @@ def make_run(root: str, num_rows: int, num_images: int) -> None:
 
 def time_report(num_rows: int, num_images: int) -> dict[str, float]:
     from harness.bundle import write_bundle
-    from harness.report import write_report
+    from harness.report import Tabulated, write_report
     from harness.run_folder import read_run
     from harness.run_report import write_page
     from harness.store import Store
@@ -104,13 +104,14 @@ def time_report(num_rows: int, num_images: int) -> dict[str, float]:
         with timed("read", seconds):
             record = read_run(store, "run")
         with timed("tables and figures", seconds):
-            write_report(folder, record.rows, title="run", command="")
+            tabulated = Tabulated(record.rows)
+            write_report(folder, tabulated, title="run", command="")
         with timed("files that travel, first time", seconds):
             write_bundle(store, "run", record.rows, folder)
         with timed("files that travel, again", seconds):
             write_bundle(store, "run", record.rows, folder)
         with timed("page", seconds):
-            page = write_page(store, record, folder)
+            page = write_page(store, record, folder, tabulated)
         seconds["page MiB"] = page.stat().st_size / 2**20
     return seconds
 

@@ -23,14 +23,7 @@ from harness.html_cells import Intervals, describe_cells
 from harness.matrices import Matrix, MatrixCell, MatrixRow, Variant
 from harness.metrics import METRICS
 from harness.registry import dataset_layouts, load_dataset_class
-from harness.report import (
-    build_matrices,
-    describe_protocol,
-    find_variants,
-    own_values,
-    rows_frame,
-    summarise_provenance,
-)
+from harness.report import Tabulated, describe_protocol, find_variants, own_values, summarise_provenance
 from harness.search import parse_distribution
 from harness.study import SampleResult, find_best
 from harness.tables import FailureGroup, describe_matrix, group_failures, scale_stops
@@ -43,7 +36,7 @@ Study = tuple[Mapping[str, Any], Sequence[SampleResult], Path]
 
 
 def render_page(
-    rows: Sequence[ResultRow],
+    results: Sequence[ResultRow] | Tabulated,
     scores: Mapping[str, ImageScores],
     details: Callable[[str], Mapping[str, Any]],
     *,
@@ -56,7 +49,7 @@ def render_page(
     """The page of some rows.
 
     Args:
-        rows: at most one per cell, in the order in which methods and datasets shall appear.
+        results: rows, at most one per cell, in the order in which methods and datasets shall appear.
         scores: image scores by cell id; cells without have no ROC curve and no interval.
         details: curves and pictures of a cell by its id, as `harness.details.load_details` gives them.
         title: headline, such as the name of the search space.
@@ -65,11 +58,10 @@ def render_page(
         studies: what was searched.
         picture_bytes: room for photos and heat maps.
     """
-    frame = rows_frame(rows)
-    variants = find_variants(frame)
-    matrices = build_matrices(frame)
+    tabulated = results if isinstance(results, Tabulated) else Tabulated(results)
+    rows, variants, matrices = tabulated.rows, find_variants(tabulated.frame), [*tabulated.matrices]
     for dataset in dict.fromkeys(row.dataset for row in rows):
-        matrices += build_matrices(frame, dataset=dataset)
+        matrices += tabulated.of_dataset(dataset)
     protocols = list(dict.fromkeys(row.protocol_id for row in rows))
     numbers: dict[Variant, int] = {}
     for variant in [line.variant for matrix in matrices for line in matrix.rows if line.variant] + variants:

@@ -145,6 +145,24 @@ def build_matrices(
     return matrices
 
 
+class Tabulated:
+    """Some rows with their table and their matrices, so that several reports of them make each once."""
+
+    def __init__(self, rows: Iterable[ResultRow]) -> None:
+        """Args: at most one row per cell, in the order in which methods and datasets shall appear."""
+        self.rows = list(rows)
+        self.frame = rows_frame(self.rows)
+        self.matrices = build_matrices(self.frame)
+        """With datasets as columns."""
+        self._of_datasets: dict[str, list[Matrix]] = {}
+
+    def of_dataset(self, dataset: str) -> list[Matrix]:
+        """The matrices of one dataset, with its categories as columns."""
+        if dataset not in self._of_datasets:
+            self._of_datasets[dataset] = build_matrices(self.frame, dataset=dataset)
+        return self._of_datasets[dataset]
+
+
 def find_variants(frame: pd.DataFrame) -> list[Variant]:
     """The line of a matrix that each row of a frame belongs to, in the order of the frame."""
     found: dict[int, Variant] = {}
@@ -255,7 +273,7 @@ def own_values(rows: Sequence[ResultRow]) -> list[tuple[str, str]]:
 
 def write_report(
     folder: str | Path,
-    rows: Iterable[ResultRow],
+    rows: Iterable[ResultRow] | Tabulated,
     *,
     title: str,
     command: str,
@@ -287,9 +305,8 @@ def write_report(
     Returns:
         The files written, `report.md` first.
     """
-    target, listed = Path(folder), list(rows)
-    frame = rows_frame(listed)
-    matrices = build_matrices(frame)
+    tabulated = rows if isinstance(rows, Tabulated) else Tabulated(rows)
+    target, listed, frame, matrices = Path(folder), tabulated.rows, tabulated.frame, tabulated.matrices
     files: list[Path] = [_write(target / "rows.csv", frame.drop(columns="traceback").to_csv(index=False))]
     several = len({row.protocol_id for row in listed}) > 1
     for matrix in matrices:
@@ -301,7 +318,7 @@ def write_report(
     per_dataset: dict[str, list[Matrix]] = {}
     for dataset in dict.fromkeys(frame["dataset"]):
         if len({row.category for row in listed if row.dataset == dataset}) > 1:
-            per_dataset[dataset] = build_matrices(frame, dataset=dataset)
+            per_dataset[dataset] = tabulated.of_dataset(dataset)
             for matrix in per_dataset[dataset]:
                 stem = target / "categories" / _file_name(dataset) / _stem(matrix, several)
                 files += _write_tables(stem, matrix, (".csv", ".md", ".tex"))

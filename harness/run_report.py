@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.bundle import SCORES_FILE, scores_from_parquet, write_bundle
+from harness.contracts import ResultRow
 from harness.details import load_details
 from harness.html_report import render_page
 from harness.identity import canonical_json, content_id
-from harness.report import write_report
+from harness.report import Tabulated, write_report
 from harness.rows import software_facts
 from harness.run_folder import RunRecord
 from harness.sheets import sheet_key
@@ -22,7 +23,7 @@ from harness.study_report import study_picture, write_studies
 
 def remake_report(store: Store, record: RunRecord, also_figures: Sequence[str] = ()) -> list[Path]:
     """Writes tables and pictures of a run into its folder and returns them as local files."""
-    run_id, rows = record.run_id, record.rows
+    run_id, rows, tabulated = record.run_id, record.rows, Tabulated(record.rows)
     # As seen from the report's folder, whether on a file system or under a URI.
     drawn = {f"sheets/{name}" for name in store.names("sheets")}
     keys = {row.cell_id: sheet_key(row.cell_id) for row in rows}
@@ -33,7 +34,7 @@ def remake_report(store: Store, record: RunRecord, also_figures: Sequence[str] =
     study_files, sections = write_studies(temporary, record.studies, samples, record.command)
     files = write_report(
         temporary,
-        rows,
+        tabulated,
         title=record.name,
         command=record.command,
         expected_cells=record.num_expected,
@@ -43,7 +44,7 @@ def remake_report(store: Store, record: RunRecord, also_figures: Sequence[str] =
     )
     files += study_files
     files += write_bundle(store, record.run_id, rows, temporary)
-    files.append(write_page(store, record, temporary))
+    files.append(write_page(store, record, temporary, tabulated))
     names = [file.relative_to(temporary).as_posix() for file in files]
     for name, file in zip(names, files, strict=True) if folder is None else ():
         store.publish(f"runs/{run_id}/report/{name}", file.read_bytes())
@@ -77,11 +78,11 @@ def _made_key(run_id: str) -> str:
     return f"runs/{run_id}/report.json"
 
 
-def write_page(store: Store, record: RunRecord, folder: Path) -> Path:
-    """Writes `report.html` beside the other files of a report, and returns it."""
-    rows, samples = record.rows, {row.cell_id: row for row in record.sample_rows}
+def write_page(store: Store, record: RunRecord, folder: Path, results: Sequence[ResultRow] | Tabulated) -> Path:
+    """Writes `report.html` beside the other files of a report of these results, and returns it."""
+    samples = {row.cell_id: row for row in record.sample_rows}
     page = render_page(
-        rows,
+        results,
         scores_from_parquet((folder / SCORES_FILE).read_bytes()),
         lambda cell_id: load_details(store, cell_id),
         title=record.name,
