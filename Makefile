@@ -83,7 +83,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[quickstart,search,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[quickstart,search,cluster,dev]"
 	@$(BROWSER)
 	touch $@
 

@@ -109,18 +109,21 @@ def test_a_submitted_run_needs_a_root_that_all_nodes_see(tmp_path, capsys):
     assert "such as --root /mnt/shared/results" in capsys.readouterr().err
 
 
+NOWHERE = ("--dashboard", "http://127.0.0.1:9", "--", "--root", "/mnt/shared/r")
+
+
 def test_a_dashboard_that_does_not_answer_is_one_clear_error(tmp_path, capsys):
     (tmp_path / "space.yaml").write_text(SPACE)
-    told = [
-        "submit",
-        str(tmp_path / "space.yaml"),
-        "--dashboard",
-        "http://127.0.0.1:9",
-        "--",
-        "--root",
-        "/mnt/shared/r",
-    ]
-    assert main(told) == 2
+    assert main(["submit", str(tmp_path / "space.yaml"), *NOWHERE]) == 2
     error = capsys.readouterr().err
     assert "adgrid[cluster]" in error
+    assert error.count("error:") == 1
+
+
+def test_without_the_extra_the_error_names_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("harness.submit.importlib.util.find_spec", lambda name: None)
+    (tmp_path / "space.yaml").write_text(SPACE)
+    assert main(["submit", str(tmp_path / "space.yaml"), *NOWHERE]) == 2
+    error = capsys.readouterr().err
+    assert "needs Ray's dashboard; `pip install 'adgrid[cluster]'`" in error
     assert error.count("error:") == 1

@@ -43,7 +43,7 @@ def kill_a_worker():
 
 def test_a_pretraining_that_loses_a_worker_makes_sizes_tell_defects(tmp_path, data_root):
     run = SmallRun(tmp_path, Places(data_root=str(data_root), cache_dir=str(tmp_path / "cache")))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(2):
         cluster.add_node(num_cpus=1)
     with connect(cluster.address), ThreadPoolExecutor(1) as pool:

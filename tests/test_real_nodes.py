@@ -112,7 +112,6 @@ def test_the_command_line_runs_groups_of_workers_on_real_nodes(tmp_path, places,
 
 @pytest.mark.slow
 def test_a_space_is_submitted_as_a_job_and_its_rows_and_output_come_back(tmp_path, places, capfd):
-    pytest.importorskip("aiohttp_cors", reason="the extra `cluster` is not installed")
     run = SmallRun(tmp_path, places)
     space = tmp_path / "space.yaml"
     space.write_text(SPACE)

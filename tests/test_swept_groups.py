@@ -26,7 +26,7 @@ def test_stage_two_of_tocoad_is_swept_although_a_node_is_lost(tmp_path, places):
     text += "resources: {cpu: 1, workers: 2, min_workers: 1}\n"
     space = write(tmp_path, text, HOW="scheduler: asha, objective: pixel_auroc, seed: 1")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(2):
         cluster.add_node(num_cpus=1)
 

@@ -49,7 +49,7 @@ def remove_busy_node(cluster, store):
 @pytest.mark.timeout(700)
 def test_the_matrix_of_all_detectors_is_complete_although_a_node_was_lost(tmp_path, data_root):
     run = SmallRun(tmp_path, Places(data_root=str(data_root), cache_dir=str(tmp_path / "cache")))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(3):
         cluster.add_node(num_cpus=1)
     with connect(cluster.address), ThreadPoolExecutor(1) as pool:

@@ -22,7 +22,7 @@ TUNED += "resources: {cpu: 1, workers: 2}\n"
 @pytest.fixture(scope="module")
 def started():
     """A head that runs nothing."""
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     with connect(nodes.address):
         yield nodes
     nodes.shutdown()
