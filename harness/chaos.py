@@ -273,14 +273,17 @@ class _Nodes:
             self._cluster.add_node(num_cpus=1)
 
     def kill_node(self, draw: random.Random) -> str | None:
-        """Kills all processes of a node."""
+        """Kills all processes of a node on which something runs."""
         nodes = sorted(self._cluster.worker_nodes, key=lambda node: node.unique_id)
         if len(nodes) < NUM_NODES:  # one is down already
             return None
-        node = draw.choice(nodes)
-        workers = [process.name() for process in self._workers([node])]
+        workers = {node: [process.name() for process in self._workers([node])] for node in nodes}
+        busy = [node for node in nodes if workers[node]]
+        if not busy:
+            return None
+        node = draw.choice(busy)
         self._cluster.remove_node(node, allow_graceful=False)
-        return f"{node.node_id[:8]} with {', '.join(sorted(workers)) or 'nothing'}"
+        return f"{node.node_id[:8]} with {', '.join(sorted(workers[node]))}"
 
     def kill_process(self, kind: str, draw: random.Random) -> str | None:
         """Kills the process of a trial or a Train worker."""

@@ -306,7 +306,7 @@ def _submit(parsed: argparse.Namespace, console: Console, command: str) -> int:
 
 def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
     from harness.plan import find_encoding_methods, measure_progress
-    from harness.progress import describe, describe_seconds
+    from harness.progress import describe, describe_seconds, find_varied
     from harness.run import plan_run
     from harness.run_folder import foresee_studies
     from harness.store import Store
@@ -321,13 +321,14 @@ def _plan(parsed: argparse.Namespace, console: Console, command: str) -> int:
     )
     for column in ("trial", "categories", "layers", "asks for", "features", "done"):
         table.add_column(column, overflow="fold")
+    varied = find_varied(plan.trials)
     for trial in plan.trials:
         done = sum(cell.cell_id in rows and rows[cell.cell_id].status == "ok" for cell in trial.cells)
         asks = [f"{trial.resources.cpu:g} cpu"] + [f"{trial.resources.gpu:g} gpu"] * bool(trial.resources.gpu)
         asks += [f"{trial.resources.memory_gib:g} GiB"] * bool(trial.resources.memory_gib)
         workers = f"{trial.resources.workers} workers: " if trial.resources.workers > 1 else ""
         table.add_row(
-            describe(trial),
+            describe(trial, varied),
             ", ".join(trial.categories) if len(trial.categories) <= 4 else f"{len(trial.categories)} categories",
             ", ".join(trial.layers),
             workers + ", ".join(asks),

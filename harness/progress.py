@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console, RenderableType
@@ -17,8 +17,28 @@ from harness.contracts import Job, Pretraining, ResultRow, Trial
 from harness.notes import Loss
 
 
-def describe(trial: Job) -> str:
-    """`patchcore · tf_efficientnet_lite0 · elpv`, with shots, seed and searched values where there are any."""
+def find_varied(trials: Iterable[Job]) -> dict[str, list[str]]:
+    """By method, the parameters that have several values, but for those that are searched: these tell themselves."""
+    seen: dict[tuple[str, str], set[str]] = {}
+    for trial in trials:
+        if isinstance(trial, Trial):
+            searched = () if trial.tuned is None else trial.tuned.fields
+            for name in trial.params.keys() - searched:
+                seen.setdefault((trial.method, name), set()).add(str(trial.params[name]))
+    varied: dict[str, list[str]] = {}
+    for (method, name), values in sorted(seen.items()):
+        if len(values) > 1:
+            varied.setdefault(method, []).append(name)
+    return varied
+
+
+def describe(trial: Job, varied: Mapping[str, Sequence[str]] | None = None) -> str:
+    """`patchcore · tf_efficientnet_lite0 · elpv`, with shots, seed and searched values where there are any.
+
+    Args:
+        trial: what is described.
+        varied: see `find_varied`; their values tell trials of one method apart.
+    """
     if isinstance(trial, Pretraining):
         return " · ".join([trial.kind, trial.backbone, *(choice.dataset.name for choice in trial.data)])
     parts = [trial.method, trial.backbone or "no backbone", trial.dataset.name]
@@ -28,6 +48,7 @@ def describe(trial: Job) -> str:
         parts.append(f"{trial.shots} shots")
     if trial.seed:
         parts.append(f"seed {trial.seed}")
+    parts += [f"{name} {_show(trial.params[name])}" for name in (varied or {}).get(trial.method, ())]
     if trial.tuned is not None:
         values = [f"{field} {_show(trial.params[field])}" for field in trial.tuned.fields]
         parts += [", ".join(values)] if trial.tuned.is_sample else ["tuned"]
@@ -67,8 +88,17 @@ class Listener:
 class ProgressBoard(Listener):
     """Trials and cells done, running and failed, what each running trial is doing, and the time left."""
 
-    def __init__(self, console: Console, num_cells: int, num_done: int, num_trials: int) -> None:
-        """Args: where to draw; cells of the plan and how many rows exist already; trials that will run."""
+    def __init__(
+        self,
+        console: Console,
+        num_cells: int,
+        num_done: int,
+        num_trials: int,
+        varied: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """Args: where to draw; cells of the plan and how many rows exist already; trials that will run; what tells
+        them apart, see `find_varied`."""
+        self._varied = varied
         self._console = console
         self._num_cells, self._num_kept, self._num_trials = num_cells, num_done, num_trials
         self._counts: Counter[str] = Counter()
@@ -96,16 +126,17 @@ class ProgressBoard(Listener):
 
     def finished(self, trial: Trial, row: ResultRow) -> None:
         self._counts[row.status] += 1
+        named = describe(trial, self._varied)
         if row.status == "ok":
             shown = [
                 f"{name} {row.metrics[name]:.1%}" for name in ("image_auroc", "pixel_auroc") if name in row.metrics
             ]
-            text = Text.assemble(("✓ ", "green"), f"{describe(trial)} · {row.category}  ", ("  ".join(shown), "bold"))
+            text = Text.assemble(("✓ ", "green"), f"{named} · {row.category}  ", ("  ".join(shown), "bold"))
         elif row.status == "stopped":
-            text = Text(f"◦ {describe(trial)} · {row.category}  {row.reason}", style="dim")
+            text = Text(f"◦ {named} · {row.category}  {row.reason}", style="dim")
         else:
             text = Text.assemble(
-                (f"✗ {row.status} ", "red"), f"{describe(trial)} · {row.category}  ", (row.reason.split("\n")[0], "red")
+                (f"✗ {row.status} ", "red"), f"{named} · {row.category}  ", (row.reason.split("\n")[0], "red")
             )
         count = Text(f"[{self._num_kept + self._counts.total()}/{self._num_cells}] ", style="dim")
         self._console.print(count + text, soft_wrap=True, highlight=False)
@@ -132,7 +163,7 @@ class ProgressBoard(Listener):
         )
         table = Table.grid(padding=(0, 2))
         for trial, doing in self._running.values():
-            table.add_row(Text("  ▸ " + describe(trial), style="cyan"), Text(doing))
+            table.add_row(Text("  ▸ " + describe(trial, self._varied), style="cyan"), Text(doing))
         board = Table.grid()  # a bar ends no line of its own, a row does
         for part in (head, ProgressBar(total=max(self._num_cells, 1), completed=done, width=72), table):
             board.add_row(part)

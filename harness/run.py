@@ -19,7 +19,7 @@ from harness.identity import canonical_json
 from harness.options import RunOptions
 from harness.placement import check_placement, read_cluster_limits
 from harness.plan import Plan, make_plan
-from harness.progress import Listener, ProgressBoard
+from harness.progress import Listener, ProgressBoard, find_varied
 from harness.report import rows_frame
 from harness.run_folder import StudyOutcome, conclude_study, keep_plan, read_run
 from harness.run_report import describe_record, is_made, remake_report
@@ -185,7 +185,8 @@ class _Crew(ExitStack):
 
             missing = self._missing_for(still_open)
             nodes = self._connect([*missing, *still_open])
-            with ProgressBoard(self._console, len(cells), len(done), len(still_open) + len(missing)) as board:
+            jobs, varied = len(still_open) + len(missing), find_varied(trials)
+            with ProgressBoard(self._console, len(cells), len(done), jobs, varied) as board:
                 computed = run_trials(still_open, self._settings, [board, *self._listeners], nodes, missing)
             self.num_computed += len(computed)
 

@@ -75,6 +75,17 @@ def test_only_a_training_with_a_free_number_of_workers_may_be_off_by_rounding(pa
         assert len(compare_runs(*pair)) == 1
 
 
+def test_two_pairs_of_images_may_change_places_where_the_number_of_workers_changed(pair):
+    for store in pair:
+        change(store, "large", curves={"train": [0.5, 0.25]})
+    row = change(pair[1], "large", curves={"train": [0.5, 0.25]})
+    labels = pair[0].load_scores(row.cell_id)["label"]
+    one = 1 / (labels.count(0) * labels.count(1))
+    for pairs, problems in ((2, 0), (3, 1)):
+        change(pair[1], "large", metrics={**row.metrics, "image_auroc": row.metrics["image_auroc"] - pairs * one})
+        assert len(compare_runs(*pair, elastic=True)) == problems
+
+
 def test_anomaly_maps_that_differ_are_told(pair):
     (row,) = [row for row in pair[1].load_rows().values() if row.category == "middle"]
     (other,) = [row for row in pair[1].load_rows().values() if row.category == "small"]

@@ -5,10 +5,20 @@ import time
 
 import pytest
 from rich.console import Console
-from runs import SmallRun
+from runs import SPACE, SmallRun
 
-from harness.progress import ProgressBoard, describe_seconds
+from harness.progress import ProgressBoard, describe, describe_seconds, find_varied
 from harness.rows import unfinished_row
+
+
+def test_trials_of_one_grid_are_told_apart_by_what_varies(tmp_path, places):
+    space = SPACE.replace("[toy_features]", "[{name: toy_features, params: {scale: [1.0, 0.5]}}, toy_tuned]")
+    trials = SmallRun(tmp_path, places).plan(space).trials
+    varied = find_varied(trials)
+    assert varied == {"toy_features": ["scale"]}
+    named = {describe(trial, varied) for trial in trials}
+    assert "toy_features · toy_resnet · toy_squares · scale 0.5" in named
+    assert "toy_tuned · toy_resnet · toy_squares" in named
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (42, "0:42"), (727, "12:07"), (11100, "3:05:00")])
