@@ -43,11 +43,8 @@ def _compare(pinned: ResultRow, row: ResultRow, expected: Store, found: Store, e
     if elastic and pinned.curves:
         ranked = [name for name in pinned.metrics if name.endswith(("auroc", "aupro"))]
         off = {name: abs(row.metrics[name] - pinned.metrics[name]) for name in ranked}
-        return ", ".join(
-            f"{name} is off by {value:.2g}"
-            for name, value in off.items()
-            if value > (_elastic_image_auroc(expected, pinned) if name == "image_auroc" else ELASTIC_AUROC)
-        )
+        bounds = dict.fromkeys(off, ELASTIC_AUROC) | {"image_auroc": _elastic_image_auroc(expected, pinned)}
+        return ", ".join(f"{name} is off by {value:.2g}" for name, value in off.items() if value > bounds[name])
     differing = [name for name, value in pinned.metrics.items() if row.metrics[name] != value]
     if differing:
         return ", ".join(f"{name} is {row.metrics[name]!r}, expected {pinned.metrics[name]!r}" for name in differing)

@@ -368,6 +368,20 @@ def _natural(value: Any) -> tuple[bool, float, str]:
     return (is_text, 0.0 if is_text else float(value), show_value(value) if is_text else "")
 
 
+def varied_params(configurations: Iterable[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, str]]:
+    """(method, parameter) of the parameters with several values within one method, in order of first appearance; that
+    two methods differ says nothing.
+
+    Args:
+        configurations: methods with their parameters.
+    """
+    seen: dict[tuple[str, str], set[str]] = {}
+    for method, params in configurations:
+        for name, value in params.items():
+            seen.setdefault((method, name), set()).add(json.dumps(value, sort_keys=True))
+    return [key for key, values in seen.items() if len(values) > 1]
+
+
 def show_value(value: Any) -> str:
     """A parameter as people write it: six significant digits, text without quotes, anything else as JSON."""
     if isinstance(value, float):

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from harness.contracts import AdgridError
 from harness.run_folder import find_run
-from harness.run_report import describe_record, remake_report
+from harness.run_report import remake_report
 from harness.tracker import default_tracking_uri, mirror_record
 from harness.tracking import Mirror, TrackingUnavailable
 
@@ -28,7 +28,7 @@ def sync_runs(parsed: Namespace, console: Console) -> int:
         with console.status(f"mirroring {escape(record.run_id)}"):
             try:
                 mirror = Mirror(uri, parsed.experiment)
-                mirror_record(mirror, record, remake_report(store, record), describe_record(record))
+                mirror_record(mirror, record, remake_report(store, record))
             except TrackingUnavailable as error:
                 raise AdgridError(f"MLflow: {error}; nothing is lost, give the command once more") from error
         done = sum(row.status == "ok" for row in record.rows)

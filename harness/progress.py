@@ -14,21 +14,20 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.contracts import Job, Pretraining, ResultRow, Trial
+from harness.matrices import varied_params
 from harness.notes import Loss
 
 
 def find_varied(trials: Iterable[Job]) -> dict[str, list[str]]:
     """By method, the parameters that have several values, but for those that are searched: these tell themselves."""
-    seen: dict[tuple[str, str], set[str]] = {}
+    configurations = []
     for trial in trials:
         if isinstance(trial, Trial):
             searched = () if trial.tuned is None else trial.tuned.fields
-            for name in trial.params.keys() - searched:
-                seen.setdefault((trial.method, name), set()).add(str(trial.params[name]))
+            configurations.append((trial.method, {key: trial.params[key] for key in trial.params.keys() - searched}))
     varied: dict[str, list[str]] = {}
-    for (method, name), values in sorted(seen.items()):
-        if len(values) > 1:
-            varied.setdefault(method, []).append(name)
+    for method, name in sorted(varied_params(configurations)):
+        varied.setdefault(method, []).append(name)
     return varied
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from harness.contracts import AdgridError, ResultRow
 from harness.figures import draw_matrix
-from harness.matrices import NO_BACKBONE, Matrix, Record, Variant, build_matrix, show_value
+from harness.matrices import NO_BACKBONE, Matrix, Record, Variant, build_matrix, show_value, varied_params
 from harness.matrix_page import matrix_html
 from harness.metrics import METRICS
 from harness.tables import (
@@ -55,7 +55,9 @@ def rows_frame(rows: Iterable[ResultRow]) -> pd.DataFrame:
     columns |= {name: [getattr(row, name) for row in listed] for name in ("representation", "dataset", "category")}
     columns["shots"] = pd.array([row.shots for row in listed], dtype="Int64")
     columns["seed"] = pd.array([row.seed for row in listed], dtype="Int64")
-    for name in _varying(listed):
+    # Rows that were read from a store share parameters that are equal.
+    configurations = {(row.method, id(row.params)): (row.method, row.params) for row in listed}
+    for name in dict.fromkeys(name for _, name in varied_params(configurations.values())):
         columns[f"param.{name}"] = pd.Series([_scalar(row.params.get(name)) for row in listed]).convert_dtypes()
     for name in (*METRICS, *extra):
         columns[name] = _numbers(row.metrics.get(name) for row in listed)
@@ -90,15 +92,6 @@ def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _numbers(values: Iterable[float | None]) -> Any:
     return pd.array([pd.NA if value is None else float(value) for value in values], dtype="Float64")
-
-
-def _varying(rows: Sequence[ResultRow]) -> list[str]:
-    """Parameters with several values within one method; that two methods differ says nothing."""
-    seen: dict[tuple[str, str], set[str]] = {}
-    for row in {(row.method, id(row.params)): row for row in rows}.values():
-        for name, value in row.params.items():
-            seen.setdefault((row.method, name), set()).add(json.dumps(value, sort_keys=True))
-    return list(dict.fromkeys(name for (_, name), values in seen.items() if len(values) > 1))
 
 
 def _scalar(value: Any) -> Any:

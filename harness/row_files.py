@@ -53,8 +53,8 @@ def rows_from_parquet(data: bytes, wanted: set[str] | None = None) -> list[Resul
     return [_row(record) for table in _read_groups(file, wanted) for record in table.to_pylist()]
 
 
-def fold_parquet(files: Iterable[bytes]) -> bytes:
-    """Many files of `rows_to_parquet` as one, whose rows of a trial lie side by side."""
+def fold_parquet(files: Iterable[bytes]) -> tuple[bytes, int]:
+    """Many files of `rows_to_parquet` as one, whose rows of a trial lie side by side; and how many rows they are."""
     tables, few = [], []
     for data in files:
         few.append(pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False))
@@ -63,7 +63,7 @@ def fold_parquet(files: Iterable[bytes]) -> bytes:
             few = []
     table = _join([*tables, *few]) if tables or few else _schema().empty_table()
     order = pc.sort_indices(table, [("trial_id", "ascending"), ("cell_id", "ascending")])
-    return table_to_parquet(table.take(order), SEGMENT_GROUP)
+    return table_to_parquet(table.take(order), SEGMENT_GROUP), table.num_rows
 
 
 def _join(tables: Sequence[pa.Table]) -> pa.Table:

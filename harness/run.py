@@ -22,7 +22,7 @@ from harness.plan import Plan, make_plan
 from harness.progress import Listener, ProgressBoard, find_varied
 from harness.report import rows_frame
 from harness.run_folder import StudyOutcome, conclude_study, keep_plan, read_run
-from harness.run_report import describe_record, is_made, remake_report
+from harness.run_report import is_made, remake_report
 from harness.space import load_space
 from harness.store import Store, StoreError, join_root
 from harness.study import Ledger, Study
@@ -136,13 +136,12 @@ def execute(space_path: str, options: RunOptions, console: Console, command: str
         keeper.trim()
         keep_plan(store, plan, command, studies)
         record = read_run(store, plan.run_id)
-        digest = describe_record(record)
         # Of a run to which nothing has come since, everything is there already.
-        if not (is_made(store, record, digest) and tracker.holds(digest)):
+        if not (is_made(store, record) and tracker.holds(record)):
             with store.told("written"):
                 files = remake_report(store, record)
             with console.status("mirroring to MLflow"):
-                tracker.finish(record, files, digest)
+                tracker.finish(record, files)
     without = [study.study.name for study in studies if not study.winners]
     notes = [f"{name}: no configuration finished, so there is none to report" for name in without]
     return Outcome(

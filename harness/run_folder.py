@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.contracts import AdgridError, ResultRow, Trial, Tuned
-from harness.identity import canonical_json
+from harness.identity import canonical_json, content_id
 from harness.plan import Plan
 from harness.registry import did_you_mean
-from harness.rows import show_row
+from harness.rows import show_row, software_facts
 from harness.store import Store, split_run
 from harness.study import Ledger, SampleResult, Study, describe_study, find_best
 
@@ -80,6 +81,17 @@ class RunRecord:
     """Of the studies' samples."""
     categories: Mapping[str, Sequence[str]]
     """What each trial is to score, by trial id; absent in run folders of earlier versions."""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all that the run's report and its mirror are made of, and of the software that makes them."""
+        rows = [
+            (row.cell_id, row.trial_id, row.status, row.provenance.get("finished_at", ""))
+            for row in (*self.rows, *self.sample_rows)
+        ]
+        told = (self.run_id, self.name, self.command, self.num_expected, self.studies, dict(self.categories))
+        software = software_facts()
+        return content_id([told, rows, software["adgrid_version"], software["git_commit"]])
 
 
 def keep_plan(store: Store, plan: Plan, command: str, studies: Sequence[StudyOutcome]) -> None:

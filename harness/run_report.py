@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.bundle import SCORES_FILE, scores_from_parquet, write_bundle
-from harness.contracts import ResultRow
 from harness.details import load_details
 from harness.html_report import render_page
-from harness.identity import canonical_json, content_id
+from harness.identity import canonical_json
 from harness.report import Tabulated, write_report
-from harness.rows import software_facts
 from harness.run_folder import RunRecord
 from harness.sheets import sheet_key
 from harness.store import Store
@@ -48,28 +46,17 @@ def remake_report(store: Store, record: RunRecord, also_figures: Sequence[str] =
     names = [file.relative_to(temporary).as_posix() for file in files]
     for name, file in zip(names, files, strict=True) if folder is None else ():
         store.publish(f"runs/{run_id}/report/{name}", file.read_bytes())
-    store.publish(_made_key(run_id), canonical_json({"digest": describe_record(record), "files": names}).encode())
+    store.publish(_made_key(run_id), canonical_json({"digest": record.digest, "files": names}).encode())
     return files
 
 
-def describe_record(record: RunRecord) -> str:
-    """A digest of all that the report of a run and its mirror are made of, and of the software that makes them."""
-    rows = [
-        (row.cell_id, row.trial_id, row.status, row.provenance.get("finished_at", ""))
-        for row in (*record.rows, *record.sample_rows)
-    ]
-    told = (record.run_id, record.name, record.command, record.num_expected, record.studies, dict(record.categories))
-    software = software_facts()
-    return content_id([told, rows, software["adgrid_version"], software["git_commit"]])
-
-
-def is_made(store: Store, record: RunRecord, digest: str) -> bool:
-    """Whether the report in a run's folder was made of this, and all its files are there."""
+def is_made(store: Store, record: RunRecord) -> bool:
+    """Whether the report in a run's folder was made of this record, and all its files are there."""
     try:
         made = json.loads(store.read(_made_key(record.run_id)))
     except FileNotFoundError:
         return False
-    return made["digest"] == digest and all(
+    return made["digest"] == record.digest and all(
         store.exists(f"runs/{record.run_id}/report/{name}") for name in made["files"]
     )
 
@@ -78,7 +65,7 @@ def _made_key(run_id: str) -> str:
     return f"runs/{run_id}/report.json"
 
 
-def write_page(store: Store, record: RunRecord, folder: Path, results: Sequence[ResultRow] | Tabulated) -> Path:
+def write_page(store: Store, record: RunRecord, folder: Path, results: Tabulated) -> Path:
     """Writes `report.html` beside the other files of a report of these results, and returns it."""
     samples = {row.cell_id: row for row in record.sample_rows}
     page = render_page(

@@ -231,12 +231,16 @@ class Store:
             names = [name for name in names if self.exists(f"rows/new/{name}")]
         else:
             names = [name for name in self.names("rows/new") if wanted is None or name.split(".", 1)[0] in wanted]
+        for data in self._read_each("rows/new", names):
+            yield from rows_from_parquet(data)
+        for data in self._read_each("rows/segments", self.names("rows/segments")):
+            yield from rows_from_parquet(data, wanted)
+
+    def _read_each(self, folder: str, names: Sequence[str]) -> Iterator[bytes]:
+        """The files of a folder one at a time, but for those that somebody has removed meanwhile."""
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                yield from rows_from_parquet(self.read(f"rows/new/{name}"))
-        for name in self.names("rows/segments"):
-            with contextlib.suppress(FileNotFoundError):
-                yield from rows_from_parquet(self.read(f"rows/segments/{name}"), wanted)
+                yield self.read(f"{folder}/{name}")
 
     def segments(self) -> list[str]:
         """The segment files as they are now, for `finished_since`."""
@@ -256,23 +260,13 @@ class Store:
         names = self.names("rows/new")
         if len(names) < at_least:
             return 0
-        found = 0
-
-        def read_files() -> Iterator[bytes]:
-            nonlocal found
-            for name in names:
-                with contextlib.suppress(FileNotFoundError):
-                    data = self.read(f"rows/new/{name}")
-                    found += 1
-                    yield data
-
-        data = fold_parquet(read_files())
-        if not found:
+        data, number = fold_parquet(self._read_each("rows/new", names))
+        if not number:
             return 0
         self.publish(f"rows/segments/{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
         for name in names:
             self.delete(f"rows/new/{name}")
-        return found
+        return number
 
     # --- predictions and scores ---
 

@@ -163,20 +163,20 @@ class Tracker(Listener):
             self._try(lambda: mirror.log_losses(self._plan.space.name, self._plan.run_id, losses))
         self._losses_due = _next_time(start, LOSSES_SECONDS)
 
-    def holds(self, digest: str) -> bool:
-        """Waits for the thread; whether a finished run of this digest is mirrored whole, or cannot be mirrored."""
+    def holds(self, record: RunRecord) -> bool:
+        """Waits for the thread; whether a finished run is mirrored whole, or cannot be mirrored."""
         self._close()
         mirror, found = self._mirror, list[bool]()
         if mirror is not None:
-            self._try(lambda: found.append(mirror.holds(self._plan.space.name, self._plan.run_id, digest)))
+            self._try(lambda: found.append(mirror.holds(record.name, record.run_id, record.digest)))
         return found != [False]
 
-    def finish(self, record: RunRecord, files: Sequence[Path], digest: str) -> None:
+    def finish(self, record: RunRecord, files: Sequence[Path]) -> None:
         """Waits for the thread, then mirrors the whole run."""
         self._close()
         mirror = self._mirror
         if mirror is not None:
-            self._try(lambda: mirror_record(mirror, record, files, digest))
+            self._try(lambda: mirror_record(mirror, record, files))
 
     def _sync(self, rows: Sequence[ResultRow]) -> None:
         mirror, space, run_id = self._mirror, self._plan.space, self._plan.run_id
@@ -204,14 +204,13 @@ def _next_time(start: float, pause: float) -> float:
     return now + max(pause, 20 * (now - start))
 
 
-def mirror_record(mirror: Mirror, record: RunRecord, files: Sequence[Path], digest: str) -> None:
+def mirror_record(mirror: Mirror, record: RunRecord, files: Sequence[Path]) -> None:
     """Mirrors a run as its folder and the rows in the store tell it; writes nothing that is there already.
 
     Args:
         mirror: where to.
         record: the run.
         files: of its report.
-        digest: of the run, by which it is known to be mirrored.
 
     Raises:
         TrackingUnavailable: MLflow cannot be reached or refuses.
@@ -234,7 +233,7 @@ def mirror_record(mirror: Mirror, record: RunRecord, files: Sequence[Path], dige
         finished=True,
         planned=record.categories,
         metrics=best,
-        digest=digest,
+        digest=record.digest,
     )
 
 

@@ -7,7 +7,7 @@ from runs import SPACE, SmallRun, quiet_console
 from harness import tracking
 from harness.run import execute
 from harness.run_folder import read_run
-from harness.run_report import describe_record, is_made
+from harness.run_report import is_made
 from harness.tracking import PARENT_TAG
 
 
@@ -100,16 +100,16 @@ def test_a_mirror_that_is_under_way_is_not_whole(finished):
 def test_a_row_that_comes_later_changes_the_digest(finished):
     store, run_id = finished.run.store, finished.plan.run_id
     record = read_run(store, run_id)
-    digest = describe_record(record)
-    assert is_made(store, record, digest)
+    digest = record.digest
+    assert is_made(store, record)
     finished.run.run_plan(finished.plan)  # nothing is open, so no row comes
-    assert describe_record(read_run(store, run_id)) == digest
+    assert read_run(store, run_id).digest == digest
     (name, *_) = store.names("rows/new")
     store.delete(f"rows/new/{name}")
     fewer = read_run(store, run_id)
-    assert describe_record(fewer) != digest
-    assert not is_made(store, fewer, describe_record(fewer))
+    assert fewer.digest != digest
+    assert not is_made(store, fewer)
     finished.run.run_plan(finished.plan)
     again = read_run(store, run_id)
     assert len(again.rows) == len(record.rows)
-    assert not is_made(store, again, describe_record(again))  # the same cell, at another time
+    assert not is_made(store, again)  # the same cell, at another time

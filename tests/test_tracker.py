@@ -63,7 +63,7 @@ def test_a_slow_mirror_delays_no_trial_and_the_end_of_the_run_brings_it_up_to_da
         assert slow_mirror.asked.wait(60)
         assert mirrored(told) == {}  # the driver is here already, and MLflow has nothing yet
         slow_mirror.allowed.set()
-        told.finish(read_run(run.store, plan.run_id), [], "digest")
+        told.finish(read_run(run.store, plan.run_id), [])
     assert told.notes == []
     assert mirrored(told) == {trial.trial_id: "FINISHED" for trial in plan.trials}
 
@@ -91,5 +91,5 @@ def test_a_server_that_cannot_be_reached_costs_one_note_before_anything_runs(run
         assert "127.0.0.1:9" in told.notes[0]
         told.ended(plan.trials[0])
         keep_plan(run.store, plan, "test", [])
-        told.finish(read_run(run.store, plan.run_id), [], "digest")
+        told.finish(read_run(run.store, plan.run_id), [])
     assert len(told.notes) == 1
